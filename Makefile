@@ -1,0 +1,22 @@
+PYTHON ?= python
+
+.PHONY: check format test test-slow bench
+
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:
+	$(PYTHON) -m pytest -m "not slow"
+
+test-slow:
+	$(PYTHON) -m pytest -m slow
+
+bench:
+	$(PYTHON) experiments/allocation/scale.py
+	$(PYTHON) experiments/tracing/speed.py
