@@ -1,0 +1,31 @@
+"""autoprune: how much to prune from each layer of a trained PyTorch network under a hard budget."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autoprune.core import Budget, InputError, PruningSpace, Task
+    from autoprune.prune import RatioTable
+    from autoprune.recover import FineTune
+    from autoprune.result import Result
+    from autoprune.run import search
+
+_HOMES = {
+    "Budget": "core",
+    "FineTune": "recover",
+    "InputError": "core",
+    "PruningSpace": "core",
+    "RatioTable": "prune",
+    "Result": "result",
+    "Task": "core",
+    "search": "run",
+}
+__all__ = ["Budget", "FineTune", "InputError", "PruningSpace", "RatioTable", "Result", "Task", "search"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'autoprune' has no attribute '{name}'")
+    return getattr(import_module(f"autoprune.{_HOMES[name]}"), name)

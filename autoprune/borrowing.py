@@ -1,0 +1,64 @@
+"""Use what is the user's and leave it as it was: global random generators, a model's modes, a batch's tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, Python's, numpy's and torch's global generators start from `seed`; afterwards their state is back.
+
+    Data loaders, dropout and augmentation draw from these generators, so the same seed gives the same batches.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in evaluation mode; afterwards every submodule has its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def arguments(inputs: Any, device: torch.device | str | None = None) -> tuple[Any, ...]:
+    """A batch's inputs as positional arguments of a model, copied: a model may work in place on what it is given."""
+    given = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    return tuple(tree_map(lambda x: x.clone().to(device or x.device) if isinstance(x, Tensor) else x, given))
+
+
+def to_device(value: Any, device: torch.device | str) -> Any:
+    """Every tensor in a nest of tuples, lists and dictionaries on the device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
+
+
+def first(batches: Any, count: int) -> list[Any]:
+    """The first `count` batches of a split, and not one more."""
+    taken: list[Any] = []
+    for batch in batches if count else ():
+        taken.append(batch)
+        if len(taken) == count:
+            break
+    return taken

@@ -1,0 +1,374 @@
+"""The words of autoprune: value types that every other module speaks, and the protocols of what can be swapped.
+
+Standard library only. Letters: G groups, L levels of one group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+    from torchmetrics import Metric
+
+    Floats = NDArray[np.float64]
+
+Recovery = Literal["none", "probe", "short"]
+RECOVERIES: tuple[Recovery, ...] = ("short", "probe", "none")  # from most to least
+Kind = Literal["counted", "predicted", "measured", "modelled"]
+
+
+class InputError(ValueError):
+    """What the user gave breaks a rule. The message is one line: the rule, the value, the place, the way out."""
+
+
+# ------------------------------------------------------------------------------------------------- what can be cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One convolution or linear layer as a strategy sees it: sizes in channels and pixels, MACs an example."""
+
+    name: str
+    units_in: int
+    units_out: int
+    kernel: int
+    stride: int
+    height: int
+    width: int
+    macs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """`size` alike units that share one ratio; `levels` are the ratios it may take, ascending, the first 0.0."""
+
+    name: str
+    size: int
+    levels: tuple[float, ...]
+    layers: tuple[Layer, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
+        if not self.levels or self.levels[0] != 0.0 or not rising or self.levels[-1] >= 1:
+            raise ValueError(f"levels of {self.name} must rise from 0.0 and stay below 1, got {self.levels}")
+
+    def kept(self, ratio: float) -> int:
+        """Units left at this ratio: size - round(ratio * size)."""
+        return self.size - round(ratio * self.size)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Units that stay whole: the layer that makes them, and the operation that stands in the way."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PruningSpace:
+    """The ordered groups of one model (G of them), and what was refused."""
+
+    groups: tuple[Group, ...]
+    refused: tuple[Refusal, ...] = ()
+
+    def dense(self) -> tuple[float, ...]:
+        """The candidate that removes nothing."""
+        return (0.0,) * len(self.groups)
+
+    def check(self, ratios: Sequence[float]) -> tuple[float, ...]:
+        """The ratios as a tuple if each is a level of its group.
+
+        Raises:
+            ValueError: a wrong count, or a ratio that is no level; the message names the group.
+        """
+        if len(ratios) != len(self.groups):
+            raise ValueError(f"{len(self.groups)} groups but {len(ratios)} ratios")
+        for group, ratio in zip(self.groups, ratios, strict=True):
+            if ratio not in group.levels:
+                raise ValueError(f"{ratio} is not a level of {group.name}; its levels are {group.levels}")
+        return tuple(ratios)
+
+    def named(self, ratios: Sequence[float]) -> dict[str, float]:
+        """Group name -> ratio."""
+        return {group.name: ratio for group, ratio in zip(self.groups, ratios, strict=True)}
+
+    def kept(self, ratios: Sequence[float]) -> tuple[int, ...]:
+        """Units left in each group."""
+        return tuple(group.kept(ratio) for group, ratio in zip(self.groups, ratios, strict=True))
+
+    def with_levels(self, levels: Mapping[str, Sequence[float]]) -> PruningSpace:
+        """The same space with other levels for the groups named."""
+        groups = (dataclasses.replace(g, levels=tuple(levels.get(g.name, g.levels))) for g in self.groups)
+        return PruningSpace(tuple(groups), self.refused)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What a group owns in one parameter or buffer: unit u owns positions[u] ([U, P] in all) along dim.
+
+    role: "out" where a layer's weight makes the unit, "in" where a weight reads it, "with" for what goes with it
+    (bias, normalisation, scale).
+    """
+
+    tensor: str
+    dim: int
+    role: Literal["out", "in", "with"]
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Term:
+    """scale x (left[0] + sum of left[1][g] x kept[g]) x (right[0] + sum of right[1][g] x kept[g])."""
+
+    scale: float
+    left: tuple[float, Mapping[int, float]]
+    right: tuple[float, Mapping[int, float]]
+
+
+# ------------------------------------------------------------------------------------------------ what is asked, told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """What a strategy asks to be tried: one ratio per group, how to heal it, whether to measure.
+
+    recovery: "none" cuts and scores; "probe" recalibrates batch normalisation; "short" fine-tunes briefly as well.
+    """
+
+    ratios: tuple[float, ...]
+    recovery: Recovery = "probe"
+    measure: bool = False
+
+    def __post_init__(self) -> None:
+        check_recovery(self.recovery)
+
+
+def check_recovery(recovery: str) -> None:
+    """Raises InputError unless this is a kind of recovery."""
+    if recovery not in RECOVERIES:
+        raise InputError(f"recovery must be one of {', '.join(RECOVERIES)}, got '{recovery}'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A cost with its unit and 95 % interval; `kind` says whether it was counted, predicted, measured or modelled."""
+
+    value: float
+    unit: str
+    low: float
+    high: float
+    samples: int = 1
+    device: str = ""
+    kind: Kind = "counted"
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def exact(value: float, unit: str, kind: Kind, notes: tuple[str, ...] = ()) -> Measurement:
+        return Measurement(value=value, unit=unit, low=value, high=value, kind=kind, notes=notes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A candidate and what became of it.
+
+    score is the task's metric on the search split, higher is better; loss the task's loss on the same images, lower
+    is better. The intervals (95 %) are of the images drawn; `loss_change` is the paired difference from the dense
+    model on the same images, much narrower than either loss. feasible: None while a budgeted cost is only predicted.
+    """
+
+    number: int
+    candidate: Candidate
+    score: float = math.nan
+    score_low: float = math.nan
+    score_high: float = math.nan
+    loss: float = math.nan
+    loss_change: Measurement | None = None
+    costs: Mapping[str, Measurement] = field(default_factory=dict)
+    feasible: bool | None = None
+    seconds: float = 0.0
+    seconds_in_forward: float = 0.0
+    cached: bool = False
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Trial:
+        candidate = values["candidate"]
+        change = values["loss_change"]
+        return Trial(
+            **{
+                **values,
+                "candidate": Candidate(**{**candidate, "ratios": tuple(candidate["ratios"])}),
+                "loss_change": None if change is None else _measurement(change),
+                "costs": {name: _measurement(m) for name, m in values["costs"].items()},
+            }
+        )
+
+
+def _measurement(values: Mapping[str, Any]) -> Measurement:
+    return Measurement(**{**values, "notes": tuple(values["notes"])})
+
+
+# -------------------------------------------------------------------------------------------------------- what it costs
+
+COST_UNITS = {
+    "macs": "MACs",
+    "params": "parameters",
+    "memory_mb": "MB",
+    "rss_mb": "MB",
+    "latency_ms": "ms",
+    "energy_mj": "mJ",
+}
+_COUNT_UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}
+_SIZE_UNITS = {"KB": 1e-3, "MB": 1.0, "GB": 1e3}
+# the word in a budget -> (cost, {unit: how many of the cost's own unit})
+_BUDGET_WORDS: dict[str, tuple[str, dict[str, float]]] = {
+    "macs": ("macs", _COUNT_UNITS),
+    "flops": ("macs", {unit: scale / 2 for unit, scale in _COUNT_UNITS.items()}),
+    "params": ("params", _COUNT_UNITS),
+    "memory": ("memory_mb", _SIZE_UNITS),
+    "rss": ("rss_mb", _SIZE_UNITS),
+    "latency": ("latency_ms", {"us": 1e-3, "ms": 1.0, "s": 1e3}),
+    "energy": ("energy_mj", {"uJ": 1e-3, "mJ": 1.0, "J": 1e3}),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A hard limit on one cost. unit is "dense" (limit is a fraction of the dense model) or the cost's own unit."""
+
+    cost: str
+    limit: float
+    unit: str
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """`<cost>_<number><unit>`, as in flops_50pct, macs_20M, params_300k, memory_2MB, latency_20ms.
+
+        Raises:
+            InputError: the text is no budget; the message says which part is wrong and what it may be.
+        """
+        example = "write a budget like flops_50pct, macs_20M, params_300k, memory_2MB or latency_20ms"
+        match = re.fullmatch(r"([A-Za-z]+)_(-?[0-9.]+)([A-Za-z]*)", str(text).strip())
+        if match is None:
+            raise InputError(f"budget '{text}' is not <cost>_<number><unit>: {example}")
+        word, number, unit = match.groups()
+        if word not in _BUDGET_WORDS:
+            raise InputError(f"budget '{text}': unknown cost '{word}', it must be one of {', '.join(_BUDGET_WORDS)}")
+        cost, units = _BUDGET_WORDS[word]
+        if unit != "pct" and unit not in units:
+            known = ", ".join(u for u in ("pct", *units) if u)
+            problem = f"unknown unit '{unit}'" if unit else "the unit is missing"
+            raise InputError(f"budget '{text}': {problem}, for {word} it must be one of {known}")
+        try:
+            value = float(number)
+        except ValueError:
+            raise InputError(f"budget '{text}': '{number}' is not a number; {example}") from None
+        if value <= 0:
+            raise InputError(f"budget '{text}': the limit must be above 0, got {number}; {example}")
+        if unit == "pct":
+            if value > 100:
+                raise InputError(f"budget '{text}': a percentage of the dense model must be at most 100, got {number}")
+            return Budget(cost, value / 100, "dense")
+        return Budget(cost, value * units[unit], COST_UNITS[cost])
+
+    def resolve(self, dense: Mapping[str, Measurement]) -> Budget:
+        """The same budget in the cost's own unit, a fraction being taken of the dense model's value."""
+        if self.unit != "dense":
+            return self
+        return Budget(self.cost, self.limit * dense[self.cost].value, COST_UNITS[self.cost])
+
+    def slack(self, cost: Measurement) -> float:
+        """How far the whole interval lies below the limit, in the cost's unit; negative if it does not."""
+        return self.limit - cost.high
+
+    def met(self, cost: Measurement) -> bool | None:
+        """True or False once counted, measured or modelled; None for a prediction, which decides nothing."""
+        return None if cost.kind == "predicted" else self.slack(cost) >= 0
+
+
+@dataclass(frozen=True)
+class CostForm:
+    """constant + sum over groups of unary[g][level] + sum over pairs of pairs[a, b][level of a, level of b]."""
+
+    constant: float
+    unary: tuple[Floats, ...]
+    pairs: Mapping[tuple[int, int], Floats]
+
+
+class CostModel(Protocol):
+    """Predicts one cost from ratios, without running the model.
+
+    `tables` gives the cost as the largest of one or more forms over level indices (a peak is a maximum over time).
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
+    def predict(self, ratios: Sequence[float]) -> float: ...
+
+    def tables(self) -> tuple[CostForm, ...]: ...
+
+    def calibrated(self, trials: Sequence[Trial]) -> CostModel: ...
+
+
+class Meter(Protocol):
+    """Finds one cost of a model by counting or measuring it on the example inputs."""
+
+    name: str
+    unit: str
+
+    def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement: ...
+
+
+class Strategy(Protocol):
+    """Proposes candidates in batches and learns from their trials; it sees numbers only, never a model."""
+
+    def ask(self) -> Sequence[Candidate]:
+        """The next batch; empty when the search is finished."""
+        ...
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        """The trials of the last batch, in its order."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------------------- the task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A trained model with its data: all that a search needs to know of the user's problem.
+
+    train, search and test are iterables of (inputs, target) batches that can be iterated again and again; inputs is
+    a tensor or a tuple of tensors for the model's positional arguments. search is held out of the model's training
+    and is all that a search looks at; test is read once, for the final report. loss(output, target) is a scalar.
+    metric is a torchmetrics.Metric updated with (output, target); its `higher_is_better` gives its direction.
+    lr is the learning rate the model was trained with at its highest; recovery uses a fraction of it.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: tuple[Tensor, ...]
+    train: Iterable[Any]
+    search: Iterable[Any]
+    test: Iterable[Any]
+    loss: Callable[[Any, Any], Tensor]
+    metric: Metric
+    lr: float
+    notes: tuple[str, ...] = ()
