@@ -1,0 +1,143 @@
+"""How labels end and begin at contractions: convolutions and matrix products with a parameter.
+
+Letters: N examples, K contracted, M rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.recording import Contraction, Recording, varies
+from autoprune.units import Labels
+
+
+def convolution(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    x, weight, groups, transposed = given["input"], given["weight"], given["groups"], given["transposed"]
+    label = rec.label(x)
+    dims = _weight_dims(rec, weight, (1, 0) if transposed else (0, 1))
+    if dims is None:
+        rec.keep([x], f"aten.{name} with a weight computed from other tensors")
+        return None
+    (source, _), (out_dim, in_dim) = rec.sources[weight], dims
+    rec.out_dims[source] = out_dim
+    channels = rec.channel_units(label, 1, f"aten.{name}")
+    positions = (x if transposed else out).select(1, 0).numel() / rec.examples
+    rec.contractions.append(
+        Contraction(
+            source,
+            positions,
+            int(given["stride"][0]),
+            int(weight.shape[2]),
+            int(out.shape[2]),
+            int(np.prod(out.shape[3:])),
+        )
+    )
+    if groups > 1 and groups == x.shape[1] and weight.shape[1] == 1 and not transposed:
+        produced = np.repeat(channels, out.shape[1] // groups)
+        rec.own(source, out_dim, produced, f"aten.{name}")
+        rec.depthwise.add(source)
+    else:
+        grouped = channels.reshape(groups, -1)
+        for row in grouped[1:]:
+            rec.units.unite(grouped[0], row, f"aten.{name} in groups")
+        ends = channels if transposed else grouped[0]
+        rec.own(source, in_dim, ends, f"aten.{name}")
+        produced = _produced(rec, source, out_dim, out.shape[1] // groups, groups if transposed else 1)
+        if groups > 1 and not transposed:
+            produced = _produced_in_groups(rec, source, out_dim, out.shape[1], groups)
+    _bias(rec, given.get("bias"), produced)
+    return torch.from_numpy(produced).view(1, -1, *[1] * (out.dim() - 2)).expand(out.shape).contiguous()
+
+
+def _produced(rec: Recording, source: str, dim: int, count: int, repeats: int) -> Labels:
+    """Labels on a weight's output dimension: fresh ones, or those of its first use when it is shared."""
+    if (source, dim) not in rec.slots:
+        rec.slots[source, dim] = rec.units.fresh(count)
+    return np.tile(rec.slots[source, dim], repeats)
+
+
+def _produced_in_groups(rec: Recording, source: str, dim: int, count: int, groups: int) -> Labels:
+    slots = rec.slots
+    if len(slots.get((source, dim), ())) != count:
+        slots[source, dim] = np.tile(rec.units.fresh(count // groups), groups)
+    return slots[source, dim]
+
+
+def _bias(rec: Recording, bias: Tensor | None, produced: Labels) -> None:
+    if bias is None:
+        return
+    if bias in rec.sources:
+        source, index = rec.sources[bias]
+        rec.tie(source, index, torch.from_numpy(produced), "a bias")
+    else:
+        rec.units.keep_whole(produced, "a bias computed from other tensors")
+
+
+def addmm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    return _matrix_product(rec, name, given["mat1"], given["mat2"], given["self"])
+
+
+def mm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    return _matrix_product(rec, name, given["self"], given["mat2"], None)
+
+
+def linear(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    x, weight = given["input"], given["weight"]
+    transposed = weight.t()
+    if weight in rec.sources:
+        source, index = rec.sources[weight]
+        rec.sources[transposed] = (source, index.t())
+    flat = x.reshape(-1, x.shape[-1])
+    rec.labels[flat] = rec.label(x).reshape(flat.shape)
+    label = _matrix_product(rec, name, flat, transposed, given.get("bias"))
+    return None if label is None else label.reshape(out.shape)
+
+
+def _matrix_product(rec: Recording, name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """[M, K] x [K, N]; the weight is a whole parameter, seen through any transposition."""
+    if x in rec.sources and weight not in rec.sources:  # weight @ x is (x.T @ weight.T).T
+        flipped = weight.t()
+        rec.labels[flipped] = rec.label(weight).t()
+        turned = x.t()
+        rec.sources[turned] = (rec.sources[x][0], rec.sources[x][1].t())
+        label = _matrix_product(rec, name, flipped, turned, None)
+        return None if label is None else label.t().contiguous()
+    dims = _weight_dims(rec, weight, (1, 0))
+    if dims is None:
+        rec.keep([x, weight], f"aten.{name} of two activations")
+        return None
+    (source, _), (out_dim, in_dim) = rec.sources[weight], dims
+    rec.out_dims[source] = out_dim
+    label = rec.label(x)
+    rec.contractions.append(Contraction(source, x.shape[0] / rec.examples, 1, 1, 1, 1))
+    if varies(label, 0) and not varies(label, 1):  # the rows are units (a token mixer): they pass through
+        return label[:, :1].expand(-1, weight.shape[1]).contiguous()
+    ends = rec.channel_units(label, 1, f"aten.{name}")
+    rec.own(source, in_dim, ends, f"aten.{name}")
+    produced = _produced(rec, source, out_dim, weight.shape[1], 1)
+    _bias(rec, bias, produced)
+    return torch.from_numpy(produced).expand(x.shape[0], -1).contiguous()
+
+
+def _weight_dims(rec: Recording, weight: Tensor, dims: tuple[int, int]) -> tuple[int, int] | None:
+    """Which dimensions of the parameter the weight's (output, input) dimensions are; None if it is no whole one."""
+    if weight not in rec.sources:
+        return None
+    source, index = rec.sources[weight]
+    shape = rec.shapes[source]
+    if index.numel() != int(np.prod(shape)):
+        return None
+    found = []
+    for dim in dims:
+        line = index.movedim(dim, 0).reshape(index.shape[dim], -1)[:, 0].numpy()
+        moving = [d for d, c in enumerate(np.unravel_index(line, shape)) if len(np.unique(c)) > 1]
+        alike = [d for d in range(len(shape)) if shape[d] == index.shape[dim] and d not in found]
+        match = moving if index.shape[dim] > 1 else alike[:1]
+        if len(match) != 1:
+            return None
+        found.append(match[0])
+    return found[0], found[1]

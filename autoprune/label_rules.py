@@ -1,0 +1,272 @@
+"""How labels pass through operations that are no contraction: layout, elementwise, normalisation, reduction.
+
+A rule takes (recording, operation, its name, its arguments by name, its output) and returns the output's labels, one
+tensor or a list where the output is several; None stands for no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoprune.recording import Recording, shrunk, tensors, varies
+
+
+def layout(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Any:
+    """Apply the operation itself to the labels; dtype, device and memory format are not theirs."""
+    rest = {k: v for k, v in given.items() if k not in ("self", "dtype", "device", "memory_format", "layout")}
+    if name in ("_to_copy", "contiguous", "lift_fresh", "clone"):
+        return rec.label(given["self"]).clone()
+    return func(rec.label(given["self"]), **{k: v for k, v in rest.items() if k != "non_blocking"})
+
+
+def alike(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Tensor:
+    return rec.label(given["self"]).clone()
+
+
+def reshape(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    label = rec.label(given["self"])
+    for before, after in _blocks(tuple(label.shape), tuple(out.shape)):
+        if len([d for d in after if out.shape[d] > 1]) > 1 and not _same_sizes(label, before, out, after):
+            _split_block(rec, f"aten.{name}", label.reshape(out.shape), after)
+    return label.reshape(out.shape)
+
+
+def as_strided(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    """Only strides of size-1 dimensions differ (pooling to 1 x 1 in channels_last): nothing has moved."""
+    x = given["self"]
+    if x.shape == out.shape and all(a == b for n, a, b in zip(x.shape, x.stride(), out.stride(), strict=True) if n > 1):
+        return rec.label(x)
+    rec.keep([x], f"aten.{name}")
+    return None
+
+
+def _split_block(rec: Recording, operation: str, label: Tensor, dims: list[int]) -> None:
+    """One labelled dimension became several: all but one keep their size in the model's Python, so along that
+    one whole slices are units. Readings: each dimension in turn, those that leave most units first."""
+    if not any(varies(label, d) for d in dims):
+        return
+    flat = label.movedim(dims, tuple(range(len(dims))))
+    options = []
+    for j, d in enumerate(dims):
+        if label.shape[d] > 1:
+            rows = flat.movedim(j, 0).reshape(label.shape[d], -1, int(np.prod(flat.shape[len(dims) :])))
+            rows_np = rows.permute(0, 2, 1).reshape(-1, rows.shape[1]).numpy()
+            options.append((rec.units.merges(rows_np[:, :1], rows_np), d, rows_np))
+    options.sort(key=lambda option: option[:2])
+    sizes = tuple(label.shape[d] for d in dims)
+    chosen = rec.site(label.numpy(), len(options) + 1, sizes)
+    if chosen == len(options):
+        rec.units.keep_whole(label.numpy(), operation)
+    elif options[chosen][0]:
+        rec.units.unite_within(options[chosen][2], operation)
+
+
+def cat(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    parts = [rec.label(t) for t in given["tensors"] if t.numel()]
+    dim = given.get("dim", 0) % out.dim()
+    across = [p for p in parts if any(varies(p, d) for d in range(p.dim()) if d != dim)]
+    for part in parts[1:] if across else []:
+        rec.units.unite(parts[0].select(dim, 0).numpy(), part.select(dim, 0).numpy(), f"aten.{name}")
+    return torch.cat(parts, dim)
+
+
+def stack(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    parts = [rec.label(t) for t in given["tensors"]]
+    for part in parts[1:]:
+        rec.units.unite(parts[0].numpy(), part.numpy(), f"aten.{name}")
+    return torch.stack(parts, given.get("dim", 0))
+
+
+def constant_pad_nd(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    """Padding along a dimension that the units do not vary on belongs to them; elsewhere to none."""
+    label, pad = rec.label(given["self"]), given["pad"]
+    whole = torch.constant_pad_nd(label, pad, 0)
+    for i in range(len(pad) // 2):
+        d = label.dim() - 1 - i
+        if (pad[2 * i] or pad[2 * i + 1]) and not varies(label, d):
+            whole = whole.amax(d, keepdim=True).expand(whole.shape).contiguous()
+    return whole
+
+
+def split(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Any:
+    label, dim = rec.label(given["self"]), given.get("dim", 0)
+    sizes = [part.shape[dim] for part in out]
+    _parts(rec, f"aten.{name}", label, dim % label.dim(), sizes[0], len(set(sizes)) == 1 and len(sizes) > 1)
+    return list(torch.split(label, sizes, dim))
+
+
+def slice_(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Any:
+    label, dim, step = rec.label(given["self"]), given.get("dim", 0), given.get("step", 1)
+    dim, size = dim % label.dim(), out.shape[given.get("dim", 0)]
+    if size < label.shape[dim] and varies(label, dim):
+        start = range(label.shape[dim])[slice(given.get("start"), None)].start
+        even = step == 1 and label.shape[dim] % size == 0 and start % size == 0
+        if step == 1:
+            _parts(rec, f"aten.{name}", label, dim, size, even)
+        else:
+            rec.units.keep_whole(label.numpy(), f"aten.{name} with a step")
+    return func(label, **{k: v for k, v in given.items() if k != "self"})
+
+
+def _parts(rec: Recording, operation: str, label: Tensor, dim: int, size: int, even: bool) -> None:
+    """A labelled dimension is cut into parts. Even parts may have been computed from the whole, and then stay
+    even: position i of every part is one unit. Otherwise each part is free."""
+    if not varies(label, dim):
+        return
+    chosen = rec.site(label.numpy(), 3 if even else 2, (size,))
+    if chosen == (2 if even else 1):
+        rec.units.keep_whole(label.numpy(), operation)
+    elif even and chosen == 0:
+        rec.unite_modulo(label, dim, size, operation)
+
+
+def select(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    label = rec.label(given["self"])
+    if varies(label, given["dim"]):
+        rec.units.keep_whole(label.numpy(), f"aten.{name} of one unit by its number")
+    return label.select(given["dim"], given["index"])
+
+
+def roll(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Any:
+    label = rec.label(given["self"])
+    if any(varies(label, d) for d in given.get("dims") or range(label.dim())):
+        rec.units.keep_whole(label.numpy(), f"aten.{name} over units")
+    return func(label, **{k: v for k, v in given.items() if k != "self"})
+
+
+def pixel_shuffle(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    label, factor = rec.label(given["self"]), given["upscale_factor"]
+    blocks = label.movedim(-3, 0).reshape(-1, factor**2, int(label[..., 0, :, :].numel()))
+    rec.units.unite_within(blocks.permute(0, 2, 1).reshape(-1, factor**2).numpy(), f"aten.{name}")
+    return torch.pixel_shuffle(label, factor)
+
+
+def channel_shuffle(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    label = rec.label(given["self"])
+    rec.unite_modulo(label, 1, label.shape[1] // given["groups"], f"aten.{name}")
+    return torch.channel_shuffle(label, given["groups"])
+
+
+def glu(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    label, dim = rec.label(given["self"]), given.get("dim", -1)
+    rec.unite_modulo(label, dim % label.dim(), out.shape[dim], f"aten.{name}")
+    return label.narrow(dim, 0, out.shape[dim]).clone()
+
+
+def copy(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    return rec.label(given["src"]).expand(out.shape)
+
+
+def pointwise(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Tensor:
+    shape = tuple(tensors(out)[0].shape)
+    operands = [t for t in tensors(list(given.values())) if t.dim() <= len(shape)]
+    active = [rec.label(t) for t in operands if t not in rec.sources and t not in rec.computed]
+    labels = [label.expand(shape) for label in active]
+    varying = [d for d in range(len(shape)) if any(varies(label, d) for label in labels)]
+    labels = [shrunk(label, varying) for label in labels]
+    met = torch.zeros([n if d in varying else 1 for d, n in enumerate(shape)], dtype=torch.int64)
+    for label in labels:
+        both = (met != 0) & (label != 0) & (met != label)
+        if both.any():
+            rec.units.unite(met[both].numpy(), label[both].numpy())
+        met = torch.where(met != 0, met, label)
+    for whole, label in zip(active, labels, strict=True):
+        own = (1,) * (len(shape) - whole.dim()) + tuple(whole.shape)
+        if any(own[d] > 1 for d in varying):
+            alone = met[(label == 0) & (met != 0)]
+            rec.units.keep_whole(alone.numpy(), f"aten.{name} with a tensor whose size cannot change")
+    met = met.expand(shape).contiguous()
+    if not met.any():
+        return met
+    for operand in operands:
+        if operand in rec.computed and operand.numel() > 1:
+            rec.units.keep_whole(met.numpy(), f"aten.{name} with a tensor computed from parameters")
+        elif operand in rec.sources and operand.numel() > 1:
+            source, index = rec.sources[operand]
+            rec.tie(source, index.expand(shape), met, f"aten.{name}")
+    return met
+
+
+def batch_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    label = rec.label(given["input"])
+    channels = rec.channel_units(label, 1, f"aten.{name}")
+    for tensor in (given.get(k) for k in ("weight", "bias", "running_mean", "running_var")):
+        if isinstance(tensor, Tensor) and tensor in rec.sources:
+            source, index = rec.sources[tensor]
+            rec.tie(source, index, torch.from_numpy(channels), f"aten.{name}")
+        elif isinstance(tensor, Tensor):
+            rec.units.keep_whole(channels, f"aten.{name} with a computed parameter")
+    training = bool(given.get("training", given.get("use_input_stats", False)))
+    affine = isinstance(given.get("weight"), Tensor)
+    rec.count(label, (4 if training else 1) + affine)
+    return [label.clone()]
+
+
+def layer_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    label = rec.label(given["input"])
+    if any(varies(label, -1 - i) for i in range(len(given["normalized_shape"]))):
+        rec.units.keep_whole(label.numpy(), f"aten.{name}, which mixes the units")
+    rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
+    return [label.clone()]
+
+
+def native_group_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    label = rec.label(given["input"])
+    rec.units.keep_whole(label.numpy(), f"aten.{name}, which mixes the units")
+    rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
+    return [label.clone()]
+
+
+def reduce(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    tensor = given["self"]
+    dims = given.get("dim")
+    if dims == [-1, -2] and given.get("keepdim"):  # how adaptive average pooling to 1 x 1 arrives here
+        rec.count(rec.label(tensor), 1)
+    dims = [dims] if isinstance(dims, int) else list(dims or range(tensor.dim()))
+    label = rec.unite_along(rec.label(tensor), [d % max(tensor.dim(), 1) for d in dims], f"aten.{name}")
+    return [label.reshape(part.shape) for part in tensors(out)]
+
+
+def along(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    label = rec.label(given["self"])
+    rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
+    return [label.clone() for _ in tensors(out)]
+
+
+def spatial(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    """Pooling and resampling: the trailing 1, 2 or 3 dimensions named in the operation's name are mixed."""
+    label = rec.label(tensors(list(given.values()))[0])
+    count = next(int(digit) for digit in name if digit in "123")
+    if "adaptive_avg" in name:
+        rec.count(label, 1)
+    label = rec.unite_along(label, list(range(label.dim() - count, label.dim())), f"aten.{name}")
+    parts = [label.expand(part.shape).contiguous() for part in tensors(out)]
+    if name.startswith("upsample_"):
+        rec.count(parts[0], 4 if "bilinear" in name else 1)
+    return parts
+
+
+def _blocks(before: tuple[int, ...], after: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Pair the dimensions of two shapes of one size into the finest blocks with equal products."""
+    i = j = 0
+    while i < len(before) or j < len(after):
+        left, right = ([i], [j]) if i < len(before) and j < len(after) else ([], [])
+        if not left:
+            return
+        a, b = before[i], after[j]
+        i, j = i + 1, j + 1
+        while a != b:
+            if a < b:
+                a, left, i = a * before[i], [*left, i], i + 1
+            else:
+                b, right, j = b * after[j], [*right, j], j + 1
+        yield left, right
+
+
+def _same_sizes(label: Tensor, before: list[int], out: Tensor, after: list[int]) -> bool:
+    return [label.shape[d] for d in before if label.shape[d] > 1] == [out.shape[d] for d in after if out.shape[d] > 1]

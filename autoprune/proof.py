@@ -1,0 +1,188 @@
+"""Proof of groups: on random weights, cutting units must equal setting their parameters to zero.
+
+Run in double precision where the model can, on two draws of units and two batch sizes. Groups are proven together; only
+when that fails each is tried alone, and sizes that the model keeps in integer attributes are sought.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autoprune.borrowing import arguments
+from autoprune.grouping import labels_of
+from autoprune.recording import Recording
+from autoprune.traced import SizeAttribute, TracedModel, tensors_of
+from autoprune.units import Labels
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}  # of the largest output
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The proven model, or the groups that failed with the reason of each."""
+
+    proven: TracedModel | None
+    groups: Mapping[int, str]
+
+
+def failing(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, recording: Recording, seed: int
+) -> Outcome:
+    """Prove all groups together, on two draws of units and two batch sizes; on failure each group alone."""
+    everything = range(len(traced.space.groups))
+    if not traced.space.groups or _check(probe, inputs, traced, everything, seed) is None:
+        return Outcome(traced, {})
+    failures = {}
+    for g in everything:
+        why = _check(probe, inputs, traced, [g], seed)
+        if why is None:
+            continue
+        with_attributes = _link_attributes(probe, recording, traced, g)
+        if with_attributes is not None and _check(probe, inputs, with_attributes, [g], seed) is None:
+            traced = _fewest_links(probe, inputs, with_attributes, g, seed)
+        else:
+            failures[g] = why
+    if not failures:
+        why = _check(probe, inputs, traced, everything, seed)
+        if why is None:
+            return Outcome(traced, {})
+        failures = dict.fromkeys(everything, why)
+    return Outcome(None, failures)
+
+
+def _check(
+    probe: nn.Module,
+    inputs: tuple[Tensor, ...],
+    traced: TracedModel,
+    groups: Sequence[int],
+    seed: int,
+    widths: Mapping[int, int] | None = None,
+) -> str | None:
+    """None if cutting random units of these groups equals masking them; otherwise what went wrong.
+
+    widths: how many units of each group stay, half of them if absent.
+    """
+    rng = np.random.default_rng(seed)
+    for batch in (len(inputs[0]), len(inputs[0]) + 1):
+        kept = [np.arange(g.size) for g in traced.space.groups]
+        for g in groups:
+            size = traced.space.groups[g].size
+            kept[g] = np.sort(rng.choice(size, widths[g] if widths else max(1, size // 2), replace=False))
+        examples = tuple(torch.cat([x, x[: batch - len(x)]]) for x in inputs)
+        try:
+            with torch.no_grad():
+                smaller = tree_leaves(traced.cut(probe, kept)(*arguments(examples)))
+                larger = tree_leaves(_masked(probe, traced, kept)(*arguments(examples)))
+        except Exception as error:  # noqa: BLE001, the model is foreign code
+            return f"the cut model does not run: {_first_line(error)}"
+        for a, b in zip(smaller, larger, strict=True):
+            if isinstance(a, Tensor) and isinstance(b, Tensor):
+                if a.shape != b.shape:
+                    return f"cutting changes the output's shape from {list(b.shape)} to {list(a.shape)}"
+                scale = max(float(b.abs().max()), 1e-12) if b.numel() else 1.0
+                difference = float((a - b).abs().max()) / scale if b.numel() else 0.0
+                if not difference <= TOLERANCE.get(b.dtype, 1e-5):
+                    return f"cutting differs from masking by {difference:.1e} of the largest output"
+    return None
+
+
+def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> nn.Module:
+    """The model at full size with every parameter slice of the removed units set to zero."""
+    masked = copy.deepcopy(model)
+    tensors = dict(tensors_of(masked))
+    for group, pieces, units in zip(traced.space.groups, traced.slices, kept, strict=True):
+        gone = np.setdiff1d(np.arange(group.size), units)
+        for piece in pieces if len(gone) else ():
+            index = torch.from_numpy(piece.positions[gone].ravel())
+            with torch.no_grad():
+                tensors[piece.tensor].index_fill_(piece.dim, index, 0.0)
+    return masked
+
+
+def _link_attributes(probe: nn.Module, recording: Recording, traced: TracedModel, group: int) -> TracedModel | None:
+    """Integer attributes of the modules at this group's sites that hold a size tied to its width."""
+    size = traced.space.groups[group].size
+    owned = {recording.units.find(int(label)) for label in labels_of(recording, traced, group)}
+    links = set(traced.attributes)
+    for site in recording.sites:
+        if not {recording.units.find(int(label)) for label in site.labels if label} & owned:
+            continue
+        for module in site.modules:
+            for attribute, value in vars(probe.get_submodule(module)).items():
+                if type(value) is int and value in site.sizes and value % size == 0 and value > 1:
+                    links.add(SizeAttribute(module, attribute, group, value // size))
+    found = tuple(sorted(links, key=lambda link: (link.module, link.attribute)))
+    return replace(traced, attributes=found) if len(found) > len(traced.attributes) else None
+
+
+def _fewest_links(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, group: int, seed: int
+) -> TracedModel:
+    """Without the attributes that only happen to hold the same number: those that the proof does not need."""
+    for link in [link for link in traced.attributes if link.group == group]:
+        fewer = replace(traced, attributes=tuple(other for other in traced.attributes if other != link))
+        if _check(probe, inputs, fewer, [group], seed) is None:
+            traced = fewer
+    return traced
+
+
+def deepest(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, levels: Mapping[str, Sequence[float]], seed: int
+) -> dict[str, tuple[float, ...]]:
+    """The levels of each group down to the deepest at which its proof holds."""
+    found = {name: tuple(ratios) for name, ratios in levels.items()}
+    groups = range(len(traced.space.groups))
+
+    def holds(which: Sequence[int]) -> bool:
+        widths = {i: round(g.size * (1 - found[g.name][-1])) for i, g in enumerate(traced.space.groups)}
+        return _check(probe, inputs, traced, which, seed, widths) is None
+
+    if holds(groups):
+        return found
+    for g in groups:
+        name = traced.space.groups[g].name
+        while len(found[name]) > 1 and not holds([g]):
+            found[name] = found[name][:-1]
+    return found
+
+
+def randomise(model: nn.Module, rng: np.random.Generator) -> None:
+    """Random weights and statistics of sane size, so that no difference hides behind a zero."""
+    with torch.no_grad():
+        for name, tensor in tensors_of(model):
+            if not tensor.is_floating_point() or tensor.numel() == 0:
+                continue
+            if tensor.dim() > 1:
+                fan_in = tensor.numel() / tensor.shape[0]
+                values = rng.standard_normal(tensor.shape) * math.sqrt(2 / max(fan_in, 1.0))
+            elif name.endswith(("bias", "mean")):
+                values = rng.standard_normal(tensor.shape) * 0.1
+            elif isinstance(tensor, nn.Parameter) or name.endswith("var"):
+                values = rng.uniform(0.5, 1.5, tensor.shape)
+            else:
+                continue
+            tensor.copy_(torch.from_numpy(np.asarray(values)).to(tensor.dtype))
+
+
+def in_double(probe: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The probe in double precision, where the smallest error shows; as it is, if it does not run so."""
+    exact = copy.deepcopy(probe).double()
+    doubled = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    try:
+        with torch.no_grad():
+            exact(*arguments(doubled))
+    except Exception:  # noqa: BLE001, the model is foreign code
+        return probe, inputs
+    return exact, doubled
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -1,0 +1,167 @@
+"""What one traced forward pass knows of its units: which label each element carries, and what owns which unit.
+
+An activation has an integer label tensor of its shape, 0 for no unit; a parameter, or a view of one, has the flat index
+of each of its elements. The rules (label_rules.py, label_contractions.py) read and extend this as operations pass by.
+
+Letters: C channels or slices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from autoprune.units import Labels, Units
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One use of a weight: its MACs an example are `positions` x the elements of the weight."""
+
+    weight: str
+    positions: float
+    stride: int
+    kernel: int
+    height: int
+    width: int
+
+
+@dataclass
+class Site:
+    """A place where the model's Python chose sizes: how it may be read, and which units it concerns."""
+
+    labels: Labels
+    readings: int
+    modules: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+class Recording:
+    """See the module's docstring. Label arrays are raw: resolve them with `units.roots`.
+
+    slots: for a parameter's dimension, the label of each position. elementwise: labels, how many elements carry each,
+    and how often fvcore counts each. storages: labels, elements and element size of each tensor made; lifetimes: in
+    order, which of them was born (True) or died. sites: see Site. depthwise: weights of depthwise convolutions.
+    """
+
+    def __init__(self, model: nn.Module, examples: int, readings: Mapping[int, int]) -> None:
+        self.examples, self.readings = examples, readings
+        self.units = Units()
+        self.slots: dict[tuple[str, int], Labels] = {}
+        self.contractions: list[Contraction] = []
+        self.elementwise: list[tuple[Labels, Labels, float]] = []
+        self.storages: list[tuple[Labels, Labels, int]] = []
+        self.lifetimes: list[tuple[bool, int]] = []
+        self.sites: list[Site] = []
+        self.depthwise: set[str] = set()
+        self.out_dims: dict[str, int] = {}  # of each weight that was contracted with
+        self.stack: list[str] = []  # names of the modules that are running
+        self.labels = WeakTensorKeyDictionary()
+        self.sources = (
+            WeakTensorKeyDictionary()
+        )  # a parameter or a view of one -> (its name, flat index of each element)
+        self.computed = WeakTensorKeyDictionary()  # tensors computed from parameters alone
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor not in self.sources:
+                self.shapes[name] = tuple(tensor.shape)
+                self.sources[tensor] = (name, torch.arange(tensor.numel()).view(tensor.shape))
+
+    def label(self, tensor: Tensor) -> Tensor:
+        """The label tensor of an activation, zeros if it was never seen."""
+        if tensor not in self.labels:
+            self.labels[tensor] = torch.zeros(tensor.shape, dtype=torch.int64)
+        return self.labels[tensor]  # type: ignore[no-any-return]
+
+    def keep(self, tensors: Sequence[Tensor], reason: str) -> None:
+        for tensor in tensors:
+            if tensor not in self.sources and tensor not in self.computed:
+                self.units.keep_whole(self.label(tensor).numpy(), reason)
+
+    def site(self, labels: Labels, readings: int, sizes: Sequence[int]) -> int:
+        """The reading to take here. The last of a site's readings is always "keep these units whole"."""
+        ordinal = len(self.sites)
+        found = Site(np.unique(labels), readings, tuple(self.stack), tuple(sizes))
+        self.sites.append(found)
+        return min(self.readings.get(ordinal, 0), readings - 1)
+
+    def tie(self, source: str, index: Tensor, label: Tensor, operation: str) -> None:
+        """A parameter meets labels elementwise: its dimension along which the labels differ belongs to them."""
+        shape = self.shapes[source]
+        coordinates = np.unravel_index(index.numpy().ravel(), shape)
+        labels = label.numpy().ravel()
+        sizes = [d for d in range(len(shape)) if shape[d] > 1]
+        if not sizes:
+            return
+        for d in sizes:
+            pairs = np.unique(np.stack([coordinates[d], labels]), axis=1)
+            if pairs.shape[1] == shape[d]:  # one label a coordinate
+                if len(np.unique(pairs[1])) > 1:
+                    self.own(source, d, pairs[1], operation)
+                return
+        self.units.keep_whole(labels, f"{operation} with {source}")
+
+    def own(self, source: str, dim: int, labels: Labels, operation: str) -> None:
+        """The parameter's slices along `dim` belong to these units, as well as to those of an earlier use."""
+        earlier = self.slots.setdefault((source, dim), labels)
+        if earlier is not labels:
+            self.units.unite(earlier, labels, f"the shared parameter {source}")
+            self.slots[source, dim] = np.where(earlier != 0, earlier, labels)
+
+    def channel_units(self, label: Tensor, dim: int, operation: str) -> Labels:
+        """One label for each slice along `dim` [C]; all units that meet in one slice are united."""
+        rows = label.movedim(dim, 0).reshape(label.shape[dim], -1).numpy()
+        return self.units.unite_within(rows, operation)
+
+    def unite_modulo(self, label: Tensor, dim: int, size: int, operation: str) -> None:
+        first = label.narrow(dim, 0, size).numpy()
+        for part in label.split(size, dim)[1:]:
+            self.units.unite(first, part.numpy(), operation)
+
+    def unite_along(self, label: Tensor, dims: Sequence[int], operation: str) -> Tensor:
+        """Units that meet when `dims` are mixed become one; returns the label with those dims of size 1."""
+        rest = [d for d in range(label.dim()) if d not in dims]
+        if any(varies(label, d) for d in dims):
+            rows = label.permute([*rest, *dims]).reshape(int(np.prod([label.shape[d] for d in rest])), -1)
+            self.units.unite_within(rows.numpy(), operation)
+        for d in dims:
+            label = label.amax(d, keepdim=True)
+        return label
+
+    def count(self, label: Tensor, each: float) -> None:
+        """Operations that fvcore counts so many times an element."""
+        self.elementwise.append((*counted(label), each))
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors in a nest, in order."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def varies(label: Tensor, dim: int) -> bool:
+    """Whether the labels differ along this dimension."""
+    if label.numel() == 0 or label.shape[dim] < 2:
+        return False
+    return bool((label != label.narrow(dim, 0, 1)).any())
+
+
+def shrunk(label: Tensor, varying: Sequence[int]) -> Tensor:
+    """The label with every other dimension cut to size 1."""
+    for d in range(label.dim()):
+        if d not in varying:
+            label = label.narrow(d, 0, min(1, label.shape[d]))
+    return label
+
+
+def counted(label: Tensor) -> tuple[Labels, Labels]:
+    """The distinct labels and how many elements carry each."""
+    small = shrunk(label, [d for d in range(label.dim()) if varies(label, d)])
+    labels, counts = np.unique(small.numpy(), return_counts=True)
+    return labels, counts * (label.numel() // max(small.numel(), 1))

@@ -1,0 +1,121 @@
+"""From a model to its pruning space: trace the units, group them, prove every group.
+
+`trace` follows unit labels through one forward pass (tracing.py), gathers the units that are cut the same way into
+groups (grouping.py), and proves each group on the spot (proof.py). Where the proof fails, the places where the model's
+Python chose sizes are read another way; what cannot be proven is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from autoprune.borrowing import arguments, seeded
+from autoprune.core import InputError
+from autoprune.grouping import gather, labels_of
+from autoprune.proof import deepest, failing, in_double, randomise
+from autoprune.recording import Recording
+from autoprune.traced import TracedModel
+from autoprune.tracing import record
+
+MAX_ATTEMPTS = 12
+
+
+def trace(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    levels: int = 16,
+    round_to: int = 1,
+    max_ratio: float = 0.9,
+    seed: int = 0,
+) -> TracedModel:
+    """The pruning space of a model called as model(*inputs), each group proven. The model is not touched.
+
+    levels: at most so many ratios a group, 0.0 included. round_to: widths kept are multiples of it (groups narrower
+    than twice that are left in steps of one). max_ratio: no group loses more than this fraction.
+
+    Raises:
+        InputError: the model does not run on its inputs, or nothing in it can be pruned.
+    """
+    if levels < 2 or round_to < 1 or not 0 < max_ratio < 1:
+        raise InputError(
+            f"space: levels must be >= 2, round_to >= 1 and 0 < max_ratio < 1, got {levels}, {round_to}, {max_ratio}"
+        )
+    inputs = tuple(x[:2].to("cpu") for x in inputs)
+    with seeded(seed):
+        probe = _probe(model, inputs)
+        exact, exact_inputs = in_double(probe, inputs)
+        traced = _proven(probe, inputs, exact, exact_inputs, seed)
+        if not traced.space.groups:
+            reasons = "; ".join(f"{r.name}: {r.reason}" for r in traced.space.refused[:5])
+            raise InputError(
+                f"nothing in this model can be pruned: {reasons or 'it has no convolution or linear layer'}"
+            )
+        choices = {g.name: _levels(g.size, levels, round_to, max_ratio) for g in traced.space.groups}
+        choices = deepest(exact, exact_inputs, traced, choices, seed)
+    return replace(traced, space=traced.space.with_levels(choices))
+
+
+def _probe(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
+    """A copy of the model with random weights, after one run to see that it runs and what it returns."""
+    try:
+        probe = copy.deepcopy(model).to("cpu").eval()
+        with torch.no_grad():
+            outputs = probe(*arguments(inputs))
+    except Exception as error:
+        raise InputError(f"the model does not run on task.inputs: {type(error).__name__}: {error}") from error
+    leaves = tree_leaves(outputs)
+    strange = [x for x in leaves if not isinstance(x, Tensor | bool | int | float | str | None)]
+    if strange or not any(isinstance(x, Tensor) for x in leaves):
+        kind = type(strange[0] if strange else outputs).__name__
+        raise InputError(f"the model returns {kind}, which cannot be compared: return tensors, tuples, lists or dicts")
+    randomise(probe, np.random.default_rng(0))
+    return probe
+
+
+def _levels(size: int, count: int, round_to: int, max_ratio: float) -> tuple[float, ...]:
+    """Ratios whose kept widths are evenly spread multiples of round_to, from the whole down to 1 - max_ratio."""
+    step = round_to if size >= 2 * round_to else 1
+    floor = max(1, math.ceil(size * (1 - max_ratio) / step) * step)
+    widths = [w for w in range(size, floor - 1, -1) if w == size or w % step == 0]
+    if len(widths) > count:
+        widths = [widths[round(i * (len(widths) - 1) / (count - 1))] for i in range(count)]
+    return tuple((size - w) / size for w in widths)
+
+
+def _proven(
+    probe: nn.Module, inputs: tuple[Tensor, ...], exact: nn.Module, exact_inputs: tuple[Tensor, ...], seed: int
+) -> TracedModel:
+    """Trace, prove all groups together, and where that fails find the group and read its sites another way."""
+    readings: dict[int, int] = {}
+    refused: dict[str, str] = {}
+    for attempt in range(MAX_ATTEMPTS):
+        recording = record(probe, arguments(inputs), readings)
+        traced = gather(probe, recording, len(inputs[0]), refused)
+        outcome = failing(exact, exact_inputs, traced, recording, seed)
+        if outcome.proven is not None:
+            return outcome.proven
+        for group, why in outcome.groups.items():
+            if not _next_reading(recording, traced, group, readings) or attempt >= MAX_ATTEMPTS - 2:
+                refused[traced.space.groups[group].name] = why
+    return gather(probe, recording, len(inputs[0]), {g.name: "it could not be proven" for g in traced.space.groups})
+
+
+def _next_reading(recording: Recording, traced: TracedModel, group: int, readings: dict[int, int]) -> bool:
+    """Advance the reading of every site that concerns this group; False if there is none left but keeping it whole."""
+    units = recording.units
+    owned = {units.find(int(label)) for label in labels_of(recording, traced, group)}
+    advanced = False
+    for ordinal, site in enumerate(recording.sites):
+        concerned = {units.find(int(label)) for label in site.labels if label} & owned
+        if concerned and readings.get(ordinal, 0) < site.readings - 1:
+            readings[ordinal] = readings.get(ordinal, 0) + 1
+            advanced = True
+    return advanced

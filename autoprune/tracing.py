@@ -1,0 +1,187 @@
+"""Follow unit labels through every ATen operation of one forward pass (DESIGN: "which units must be cut together").
+
+Beside each activation an int64 label tensor of its shape says which unit each element belongs to, 0 for none. Layout
+operations are applied to the labels as they are; contractions end labels on the weight's input dimension and start
+fresh ones on its output dimension; elementwise operations unite the labels that meet. What an operation cannot carry
+exactly keeps its units whole, with that operation as the reason. Nothing here is trusted: `space.trace` proves it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoprune import label_contractions as contractions
+from autoprune import label_rules as rules
+from autoprune.recording import Recording, counted, tensors
+
+Rule = Callable[[Recording, Any, str, dict[str, Any], Any], Any]
+NAMED: Mapping[str, Rule] = {
+    "addmm": contractions.addmm,
+    "as_strided": rules.as_strided,
+    "cat": rules.cat,
+    "channel_shuffle": rules.channel_shuffle,
+    "constant_pad_nd": rules.constant_pad_nd,
+    "convolution": contractions.convolution,
+    "copy": rules.copy,
+    "glu": rules.glu,
+    "linear": contractions.linear,
+    "mm": contractions.mm,
+    "native_channel_shuffle": rules.channel_shuffle,
+    "native_group_norm": rules.native_group_norm,
+    "pixel_shuffle": rules.pixel_shuffle,
+    "roll": rules.roll,
+    "select": rules.select,
+    "slice": rules.slice_,
+    "split": rules.split,
+    "split_with_sizes": rules.split,
+    "stack": rules.stack,
+}
+RESHAPE = frozenset("view _unsafe_view reshape unflatten flatten _reshape_alias".split())
+LAYOUT = frozenset(
+    "t transpose permute unsqueeze squeeze expand alias detach clone contiguous _to_copy lift_fresh unbind flip repeat "
+    "pixel_unshuffle movedim swapaxes diagonal rot90".split()
+)
+FAMILIES: tuple[tuple[frozenset[str], Rule], ...] = (
+    (RESHAPE, rules.reshape),
+    (LAYOUT, rules.layout),
+    (frozenset("zeros_like ones_like empty_like full_like rand_like randn_like".split()), rules.alike),
+    (
+        frozenset(
+            "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_no_training cudnn_batch_norm".split()
+        ),
+        rules.batch_norm,
+    ),
+    (frozenset("native_layer_norm _fused_rms_norm rms_norm".split()), rules.layer_norm),
+    (
+        frozenset(
+            "mean sum amax amin max min var std var_mean prod norm linalg_vector_norm logsumexp any all argmax argmin"
+            "".split()
+        ),
+        rules.reduce,
+    ),
+    (frozenset("_softmax _log_softmax softmax log_softmax cumsum sort".split()), rules.along),
+    (
+        frozenset("hardswish hardsigmoid hardtanh leaky_relu elu _prelu_kernel dropout native_dropout".split()),
+        rules.pointwise,
+    ),
+)
+SPATIAL = ("max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "reflection_pad", "replication_pad")
+OF_PARAMETERS = RESHAPE | LAYOUT | {"select", "slice", "split", "split_with_sizes"}
+
+
+def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[int, int]) -> Recording:
+    """Run the model once in evaluation mode and follow its labels.
+
+    readings: for the sites by ordinal, which of their readings to take (0, the one that leaves most units, if absent).
+    """
+    recording = Recording(model, len(inputs[0]), readings)
+    handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in model.named_modules()]
+    handles += [m.register_forward_hook(_left(recording), always_call=True) for m in model.modules()]
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused layer would hide the linear layers inside
+    try:
+        with torch.no_grad(), _Tracer(recording):
+            outputs = model(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+        for handle in handles:
+            handle.remove()
+    for output in tensors(outputs):
+        recording.units.keep_whole(recording.label(output).numpy(), "it is the model's output")
+    return recording
+
+
+def _entered(recording: Recording, name: str) -> Callable[..., None]:
+    return lambda module, args: recording.stack.append(name)
+
+
+def _left(recording: Recording) -> Callable[..., None]:
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        recording.stack.pop()
+
+    return leave
+
+
+class _Tracer(TorchDispatchMode):
+    """Sees every ATen operation, lets it run, and finds the rule for its labels."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recording = recording
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        self._follow(func, given, out)
+        for tensor in tensors(out):
+            self._remember_storage(tensor)
+        return out
+
+    def _follow(self, func: Any, given: dict[str, Any], out: Any) -> None:
+        rec = self.recording
+        name = func._schema.name.removeprefix("aten::")
+        in_place = name.endswith("_") and not name.endswith("__")
+        name = name.removesuffix("_") if in_place else name
+        operands = tensors(list(given.values()))
+        if operands and all(t in rec.sources or t in rec.computed for t in operands):
+            self._parameters_only(func, name, given, out)
+        elif (rule := _rule(func, name)) is not None:
+            self._store(out, rule(rec, func, name, given, out), in_place)
+        else:
+            rec.keep(operands, f"aten.{name}")
+            self._store(out, None, in_place)
+
+    def _parameters_only(self, func: Any, name: str, given: dict[str, Any], out: Any) -> None:
+        """A view of a parameter is still that parameter; anything else is a tensor computed from parameters."""
+        rec = self.recording
+        if name in OF_PARAMETERS and given.get("self") in rec.sources:
+            source, index = rec.sources[given["self"]]
+            rest = {k: v for k, v in given.items() if k != "self"}
+            for tensor, part in zip(tensors(out), tensors(func(index, **rest)), strict=True):
+                rec.sources[tensor] = (source, part)
+        else:
+            for tensor in tensors(out):
+                rec.computed[tensor] = True
+
+    def _store(self, out: Any, labels: Any, in_place: bool) -> None:
+        given = list(labels) if isinstance(labels, list | tuple) else [labels]
+        for i, tensor in enumerate(tensors(out)):
+            label = given[i] if i < len(given) else None
+            if label is None or tuple(label.shape) != tuple(tensor.shape):
+                label = torch.zeros(tensor.shape, dtype=torch.int64)
+            if in_place:
+                self.recording.label(tensor).copy_(label)
+            else:
+                self.recording.labels[tensor] = label
+
+    def _remember_storage(self, tensor: Tensor) -> None:
+        rec, storage = self.recording, tensor.untyped_storage()
+        if tensor in rec.sources or tensor.numel() == 0 or storage._cdata in self._alive:
+            return
+        self._alive[storage._cdata] = len(rec.storages)
+        rec.lifetimes.append((True, len(rec.storages)))
+        rec.storages.append((*counted(rec.label(tensor)), tensor.element_size()))
+        weakref.finalize(storage, self._forget_storage, storage._cdata)
+
+    def _forget_storage(self, key: int) -> None:
+        self.recording.lifetimes.append((False, self._alive.pop(key)))
+
+
+def _rule(func: Any, name: str) -> Rule | None:
+    if name in NAMED:
+        return NAMED[name]
+    for names, rule in FAMILIES:
+        if name in names:
+            return rule
+    if name.startswith(SPATIAL):
+        return rules.spatial
+    return rules.pointwise if torch.Tag.pointwise in func.tags else None
