@@ -1,0 +1,107 @@
+"""Costs that are counted, not measured: MACs, parameters, memory. Exact, so their intervals have no width."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from autoprune.borrowing import arguments, evaluating, seeded
+from autoprune.core import Measurement
+
+
+class Macs:
+    """Multiply-accumulates an example of the forward pass, counted by fvcore.
+
+    fvcore calls them flops; it counts convolutions, matrix products, normalisations and some resampling, and the
+    operations it saw but does not count are in the notes (activations, additions, pooling by `mean`, attention
+    kernels). 1 MAC is 2 FLOPs.
+    """
+
+    name, unit = "macs", "MACs"
+
+    def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
+        from fvcore.nn import FlopCountAnalysis  # slow to import
+
+        logger = logging.getLogger("fvcore.nn.jit_analysis")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with torch.no_grad(), evaluating(model), seeded(0):
+                analysis = FlopCountAnalysis(model, arguments(tuple(x[:1] for x in inputs)))
+                analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+                analysis.tracer_warnings("none")
+                total = float(analysis.total())
+                skipped = tuple(f"{name} x{count} not counted" for name, count in analysis.unsupported_ops().items())
+        finally:
+            logger.setLevel(level)
+        return Measurement.exact(total, self.unit, "counted", skipped)
+
+
+class Params:
+    """Parameters, shared ones once."""
+
+    name, unit = "params", "parameters"
+
+    def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
+        return Measurement.exact(float(sum(p.numel() for p in model.parameters())), self.unit, "counted")
+
+
+class Memory:
+    """Megabytes (1e6 bytes) of weights and buffers, and of the activations alive at the peak of one forward pass on
+    the example inputs without gradients, the inputs themselves left out. Counted from the tensors' lifetimes in
+    PyTorch's eager execution, without the allocator's overhead or scratch space."""
+
+    name, unit = "memory_mb", "MB"
+
+    def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
+        fast_attention = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # its fused layer hides the tensors inside
+        examples = arguments(inputs)
+        try:
+            with torch.no_grad(), evaluating(model), seeded(0), _LiveBytes(model, examples) as live:
+                model(*examples)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_attention)
+        weights = weight_bytes(model)
+        notes = (f"weights {weights / 1e6:.3f} MB, peak activations {live.peak / 1e6:.3f} MB",)
+        return Measurement.exact((weights + live.peak) / 1e6, self.unit, "counted", notes)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made by operations and still alive; `peak` is the largest sum seen."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *inputs]}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
+                storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
+                self._known.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata, size)
+        return out
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+COUNTED: dict[str, type[Macs] | type[Params] | type[Memory]] = {m.name: m for m in (Macs, Params, Memory)}
