@@ -1,0 +1,220 @@
+"""Exact allocation: one level a group so that the summed loss is least and every cost keeps its limit.
+
+A multiple-choice knapsack with costs of single groups and of pairs of groups, solved as a mixed-integer program by
+HiGHS (scipy). A pair's cost is linearised exactly by its marginals y[i, j] >= 0 with sum_j y = x_a[i] and sum_i y =
+x_b[j] (the local polytope; Savchynskyy, "Discrete graphical models", 2019, section 4.1); with x binary y is the
+product. Large programs are first made small without losing exactness: the linear relaxation gives a lower bound and
+reduced costs, a program over the levels near its solution an upper bound, and every level whose reduced cost exceeds
+the distance between the two cannot be in the best allocation (reduced-cost fixing; Nemhauser & Wolsey, 1988, II.5.3).
+
+Letters: G groups, L levels of one group.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import coo_array, vstack
+
+from autoprune.core import CostForm
+from autoprune.units import Labels
+
+if TYPE_CHECKING:
+    from autoprune.core import Floats
+
+
+SMALL = 300  # levels in all; below that the whole program solves at once
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Level indices, one a group; the summed loss; whether it is proven best to within `gap` (a fraction)."""
+
+    levels: tuple[int, ...]
+    loss: float
+    gap: float
+
+
+class InfeasibleError(Exception):
+    """No choice of levels keeps every limit."""
+
+
+def cost_of(form: CostForm, levels: Sequence[int]) -> float:
+    """The cost of a choice of levels."""
+    single = sum(float(u[i]) for u, i in zip(form.unary, levels, strict=True))
+    return form.constant + single + sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
+
+
+def allocate(
+    losses: Sequence[Floats], limits: Sequence[tuple[CostForm, float]], *, seconds: float = 30.0, gap: float = 1e-6
+) -> Allocation:
+    """The levels of least total loss with every form at most its limit.
+
+    losses: [L] a group; an infinite entry is a level that may not be taken. seconds: time limit, after which the best
+    allocation found is returned with its remaining gap.
+
+    Raises:
+        InfeasibleError: no choice keeps all limits (or none was found in time).
+    """
+    tightened = list(limits)
+    for _ in range(5):
+        found = _solved(losses, tightened, seconds, gap)
+        over = [cost_of(form, found.levels) - limit for form, limit in limits]
+        if max(over) <= 0:
+            return found
+        # the solver's tolerance let a limit pass by a hair: ask for that hair, and one more
+        tightened = [
+            (form, inner - 2 * max(0.0, past) - (1e-9 * abs(inner) if past > 0 else 0.0))
+            for (form, inner), past in zip(tightened, over, strict=True)
+        ]
+    raise InfeasibleError
+
+
+def _solved(
+    losses: Sequence[Floats], limits: Sequence[tuple[CostForm, float]], seconds: float, gap: float
+) -> Allocation:
+    choices = [np.flatnonzero(np.isfinite(row)) for row in losses]
+    if not all(len(levels) for levels in choices):
+        raise InfeasibleError
+    began = time.perf_counter()
+    losses = [np.asarray(row, dtype=np.float64) for row in losses]
+    limits = [(_reduced(form), limit) for form, limit in limits]
+    if sum(len(levels) for levels in choices) > SMALL:
+        relaxed = _Program(losses, limits, choices).relax()
+        near = [_neighbours(support, levels) for support, levels in zip(relaxed.support, choices, strict=True)]
+        try:
+            bound = _Program(losses, limits, near).solve(seconds / 3, gap).loss
+        except InfeasibleError:
+            bound = np.inf
+        room = bound - relaxed.loss + 1e-9 * max(1.0, abs(bound))
+        choices = [levels[cost <= room] for levels, cost in zip(choices, relaxed.reduced_costs, strict=True)]
+    return _Program(losses, limits, choices).solve(seconds - (time.perf_counter() - began), gap)
+
+
+@dataclass(frozen=True)
+class _Relaxed:
+    """The linear relaxation: its loss, and of each group the levels it uses and the reduced cost of every level."""
+
+    loss: float
+    support: list[Labels]
+    reduced_costs: list[Floats]
+
+
+class _Program:
+    """The mixed-integer program over the chosen levels of each group: x of every level, then y of every pair."""
+
+    def __init__(
+        self, losses: Sequence[Floats], limits: Sequence[tuple[CostForm, float]], choices: Sequence[Labels]
+    ) -> None:
+        self.choices = choices
+        self.losses = losses
+        self.limits = [(_restricted(form, choices), limit) for form, limit in limits]
+        self.keys = sorted({key for form, _ in self.limits for key in form.pairs})
+        self.sizes = [len(levels) for levels in choices]
+        self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
+        pair_sizes = [self.sizes[a] * self.sizes[b] for a, b in self.keys]
+        self.pair_starts = self.starts[-1] + np.concatenate([[0], np.cumsum(pair_sizes)]).astype(int)
+        self.count = int(self.pair_starts[-1])
+        self.objective = np.zeros(self.count)
+        flat = np.concatenate([row[levels] for row, levels in zip(losses, choices, strict=True)])
+        self.scale = max(float(np.abs(flat).max()), 1e-12)
+        self.objective[: len(flat)] = flat / self.scale
+        self.equalities = [self._one_level_each(), *([self._marginals()] if self.keys else [])]
+        self.inequalities = [self._within(form, limit) for form, limit in self.limits]
+
+    def solve(self, seconds: float, gap: float) -> Allocation:
+        integrality = np.zeros(self.count)
+        integrality[: self.starts[-1]] = 1
+        found = milp(
+            self.objective,
+            constraints=[*self.equalities, *self.inequalities],
+            integrality=integrality,
+            bounds=Bounds(0, 1),
+            options={"time_limit": max(seconds, 1.0), "mip_rel_gap": gap},
+        )
+        if found.x is None:
+            raise InfeasibleError
+        levels = tuple(int(levels[np.argmax(x)]) for levels, x in zip(self.choices, self._split(found.x), strict=True))
+        loss = float(sum(row[i] for row, i in zip(self.losses, levels, strict=True)))
+        return Allocation(levels, loss, float(found.mip_gap or 0.0))
+
+    def relax(self) -> _Relaxed:
+        found = linprog(
+            self.objective,
+            A_eq=vstack([c.A for c in self.equalities]),
+            b_eq=np.concatenate([np.broadcast_to(c.ub, c.A.shape[0]) for c in self.equalities]),
+            A_ub=vstack([c.A for c in self.inequalities]),
+            b_ub=np.concatenate([np.atleast_1d(c.ub) for c in self.inequalities]),
+            bounds=(0, 1),
+            method="highs-ds",  # a vertex: interior solutions have no useful reduced costs
+        )
+        if found.x is None:
+            raise InfeasibleError
+        support = [np.flatnonzero(x > 1e-9) for x in self._split(found.x)]
+        return _Relaxed(found.fun * self.scale, support, [c * self.scale for c in self._split(found.lower.marginals)])
+
+    def _split(self, values: Floats) -> list[Floats]:
+        return np.split(values[: self.starts[-1]], self.starts[1:-1])
+
+    def _one_level_each(self) -> LinearConstraint:
+        total = int(self.starts[-1])
+        rows = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        matrix = coo_array((np.ones(total), (rows, np.arange(total))), shape=(len(self.sizes), self.count))
+        return LinearConstraint(matrix.tocsr(), 1, 1)
+
+    def _marginals(self) -> LinearConstraint:
+        rows, columns, values, row = [], [], [], 0
+        for (a, b), start in zip(self.keys, self.pair_starts, strict=False):
+            y = int(start) + np.arange(self.sizes[a] * self.sizes[b]).reshape(self.sizes[a], self.sizes[b])
+            for group, table in ((a, y), (b, y.T)):
+                n = len(table)
+                rows += [np.repeat(row + np.arange(n), table.shape[1]), row + np.arange(n)]
+                columns += [table.ravel(), int(self.starts[group]) + np.arange(n)]
+                values += [np.ones(table.size), -np.ones(n)]
+                row += n
+        entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
+        return LinearConstraint(coo_array(entries, shape=(row, self.count)).tocsr(), 0, 0)
+
+    def _within(self, form: CostForm, limit: float) -> LinearConstraint:
+        """The form at most its limit, divided by it: the solver's absolute tolerance then means the same everywhere."""
+        row = np.zeros(self.count)
+        row[: int(self.starts[-1])] = np.concatenate(form.unary)
+        for key, start in zip(self.keys, self.pair_starts, strict=False):
+            if key in form.pairs:
+                row[int(start) : int(start) + form.pairs[key].size] = form.pairs[key].ravel()
+        scale = max(abs(limit), 1e-12)
+        return LinearConstraint(coo_array(row[None, :] / scale).tocsr(), -np.inf, (limit - form.constant) / scale)
+
+
+def _neighbours(support: Labels, levels: Labels) -> Labels:
+    """The levels used and one on either side of each."""
+    around = np.concatenate([support - 1, support, support + 1])
+    near: Labels = levels[np.unique(around[(around >= 0) & (around < len(levels))])]
+    return near
+
+
+def _restricted(form: CostForm, choices: Sequence[Labels]) -> CostForm:
+    unary = tuple(u[levels] for u, levels in zip(form.unary, choices, strict=True))
+    return CostForm(
+        form.constant, unary, {(a, b): t[np.ix_(choices[a], choices[b])] for (a, b), t in form.pairs.items()}
+    )
+
+
+def _reduced(form: CostForm) -> CostForm:
+    """The same cost with the additive part of each pair's table moved into the single groups: a tighter program."""
+    constant, unary, pairs = form.constant, [np.array(u, dtype=np.float64) for u in form.unary], {}
+    for (a, b), table in form.pairs.items():
+        rows = table.min(axis=1)
+        rest = table - rows[:, None]
+        columns = rest.min(axis=0)
+        rest = rest - columns[None, :]
+        unary[a] = unary[a] + rows
+        unary[b] = unary[b] + columns
+        if rest.any():
+            pairs[a, b] = rest
+    return CostForm(constant, tuple(unary), pairs)
