@@ -1,0 +1,236 @@
+"""From ratios to a smaller network, and the ratio table that people keep.
+
+Letters: G groups, U units of one group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor, nn
+
+from autoprune import criteria
+from autoprune.core import InputError, PruningSpace
+from autoprune.space import trace
+from autoprune.traced import TracedModel
+from autoprune.units import Labels
+
+FORMAT = 1
+
+
+def choose_units(space: PruningSpace, scores: Sequence[criteria.Scores], ratios: Sequence[float]) -> tuple[Labels, ...]:
+    """The units each group keeps at these ratios, ascending: the most important, the first among equals."""
+    return tuple(_strongest(s, width) for s, width in zip(scores, space.kept(ratios), strict=True))
+
+
+def _strongest(importance: criteria.Scores, width: int) -> Labels:
+    return np.sort(np.argsort(-importance, kind="stable")[:width])
+
+
+def weights_hash(model: nn.Module) -> str:
+    """sha256 of all parameters and buffers, names included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableGroup:
+    """One row of a ratio table: `units` are the numbers of those kept out of `size`."""
+
+    name: str
+    size: int
+    units: tuple[int, ...]
+    members: tuple[str, ...]
+
+    @property
+    def ratio(self) -> float:
+        return (self.size - len(self.units)) / self.size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RatioTable:
+    """How much to prune from each group of one architecture, with where that comes from.
+
+    architecture: fingerprint of the dense model's parameter names and shapes; weights: hash of its values.
+    budgets: what was asked and reached, one mapping a budget.
+    """
+
+    groups: tuple[TableGroup, ...]
+    architecture: str
+    weights: str
+    criterion: str = "l1"
+    grain: str = "channel"
+    budgets: tuple[Mapping[str, Any], ...] = ()
+    provenance: Mapping[str, Any] | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as YAML, the same bytes for the same table."""
+        values = {
+            "format": FORMAT,
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "criterion": self.criterion,
+            "grain": self.grain,
+            "budgets": [dict(b) for b in self.budgets],
+            "provenance": dict(self.provenance or {}),
+            "groups": {
+                g.name: {
+                    "size": g.size,
+                    "kept": len(g.units),
+                    "ratio": round(g.ratio, 6),
+                    "members": list(g.members),
+                    "units": list(g.units),
+                }
+                for g in self.groups
+            },
+        }
+        Path(path).write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110))
+
+    @staticmethod
+    def load(path: str | Path) -> RatioTable:
+        """Read a table.
+
+        Raises:
+            InputError: no such file, or not a ratio table of this format.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise InputError(f"ratio table {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"ratio table {path} is not YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise InputError(f"{path} is not a ratio table of format {FORMAT}; give the ratios.yaml of a search")
+        try:
+            return RatioTable(
+                groups=tuple(_read_group(name, row, path) for name, row in values["groups"].items()),
+                architecture=str(values["architecture"]),
+                weights=str(values["weights"]),
+                criterion=str(values["criterion"]),
+                grain=str(values["grain"]),
+                budgets=tuple(values["budgets"]),
+                provenance=values["provenance"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"ratio table {path} is damaged: {type(error).__name__} {error}") from error
+
+    def prune(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...] | Tensor,
+        *,
+        criterion: criteria.Criterion = criteria.l1,
+        batches: Iterable[Any] = (),
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> nn.Module:
+        """A smaller copy of the model; the model itself is not touched.
+
+        On the weights the table was made from, the very units it lists are kept; on other weights of the same
+        architecture the units are ranked again by `criterion` (batches and loss are for those that need gradients).
+
+        Raises:
+            InputError: another architecture; the message names the first group that does not match.
+        """
+        table = self.fitted(model, inputs, criterion=criterion, batches=batches, loss=loss)
+        kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
+        return self._match(model, inputs).cut(model, kept)
+
+    def fitted(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...] | Tensor,
+        *,
+        criterion: criteria.Criterion = criteria.l1,
+        batches: Iterable[Any] = (),
+        loss: Callable[[Any, Any], Tensor] | None = None,
+    ) -> RatioTable:
+        """The same widths with the units that this model keeps: itself on the weights it was made from.
+
+        Raises:
+            InputError: another architecture; the message names the first group that does not match.
+        """
+        traced = self._match(model, inputs)
+        if weights_hash(model) == self.weights:
+            return self
+        scores = criterion(model, traced.slices, batches=batches, loss=loss or _no_loss, seed=0)
+        groups = tuple(
+            replace(g, units=tuple(_strongest(s, len(g.units)).tolist()))
+            for g, s in zip(self.groups, scores, strict=True)
+        )
+        return replace(self, groups=groups, weights=weights_hash(model), budgets=())
+
+    def rebuild(self, model: nn.Module, inputs: tuple[Tensor, ...] | Tensor, weights: str | Path) -> nn.Module:
+        """The pruned network from any model of the dense architecture and the pruned weights (safetensors).
+
+        Raises:
+            InputError: another architecture, or weights that do not fit the pruned network.
+        """
+        traced = self._match(model, inputs)
+        smaller = traced.cut(model, [np.arange(len(g.units)) for g in self.groups])
+        try:
+            safetensors.torch.load_model(smaller, weights)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{weights} does not hold the weights of this pruned network: {first}") from error
+        return smaller
+
+    def _match(self, model: nn.Module, inputs: tuple[Tensor, ...] | Tensor) -> TracedModel:
+        traced = trace(model, inputs if isinstance(inputs, tuple) else (inputs,))
+        found = {g.name: g for g in traced.space.groups}
+        for row in self.groups:
+            group = found.get(row.name)
+            if group is None:
+                raise InputError(
+                    f"this model has no group '{row.name}' of {row.size} units: it is another architecture"
+                )
+            if group.size != row.size:
+                raise InputError(
+                    f"group '{row.name}' has {group.size} units in this model, {row.size} in the ratio table: "
+                    "it is another architecture"
+                )
+        if len(found) != len(self.groups):
+            extra = next(name for name in found if name not in {g.name for g in self.groups})
+            raise InputError(f"group '{extra}' of this model is not in the ratio table: it is another architecture")
+        if traced.fingerprint != self.architecture:
+            raise InputError(
+                "all groups match but other parameters of this model have other names or shapes than those "
+                f"of the ratio table (architecture {traced.fingerprint}, table {self.architecture})"
+            )
+        order = {g.name: i for i, g in enumerate(traced.space.groups)}
+        if [order[g.name] for g in self.groups] != list(range(len(self.groups))):
+            raise InputError("the groups of the ratio table are in another order: it is another architecture")
+        return traced
+
+
+def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
+    size, units = row["size"], tuple(row["units"])
+    whole = isinstance(size, int) and all(type(u) is int for u in units)
+    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not 0 < len(units) <= size:
+        raise InputError(f"ratio table {path}: group '{name}' must keep 1 to {size} distinct ascending units")
+    if units[0] < 0 or units[-1] >= size:
+        raise InputError(f"ratio table {path}: units of group '{name}' must lie in 0..{size - 1}")
+    return TableGroup(name=name, size=size, units=units, members=tuple(row["members"]))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists on one line, mappings in blocks: a table that people can read."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+
+
+def _no_loss(output: Any, target: Any) -> Tensor:
+    raise InputError("this criterion needs gradients: pass batches= and loss= to RatioTable.prune")

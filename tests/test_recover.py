@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from autoprune.borrowing import seeded
+from autoprune.core import InputError
+from autoprune.recover import FineTune, finetune, recalibrate
+
+
+def data(n: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 3, generator=draw) * 3 + 5, torch.arange(16) % 2) for _ in range(n)]
+
+
+def test_recalibration_gives_the_average_statistics_of_the_batches() -> None:
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(norm, nn.Linear(3, 2)).eval()
+    weights = copy.deepcopy(model[1].state_dict())
+    recalibrate(model, data())
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert torch.allclose(norm.running_mean, torch.stack([x.mean(0) for x, _ in data()]).mean(0), atol=1e-5)
+    assert torch.allclose(norm.running_var, torch.stack([x.var(0) for x, _ in data()]).mean(0), atol=1e-4)
+    assert norm.momentum == 0.1
+    assert not model.training
+    assert all(torch.equal(weights[k], v) for k, v in model[1].state_dict().items())
+
+
+def test_recalibration_without_normalisation_changes_nothing() -> None:
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    recalibrate(model, data())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def trained(plan: FineTune, seed: int = 0, teacher: nn.Module | None = None) -> nn.Module:
+    with seeded(5):
+        model = nn.Linear(3, 2)
+    with seeded(seed):
+        finetune(model, data(), plan, loss=F.cross_entropy, lr=1.0, teacher=teacher)
+    return model
+
+
+def test_fine_tuning_lowers_the_loss_and_counts_its_steps() -> None:
+    with seeded(5):
+        before = F.cross_entropy(nn.Linear(3, 2)(data()[0][0]), data()[0][1])
+    steps: list[tuple[int, int]] = []
+    with seeded(5):
+        model = nn.Linear(3, 2)
+    plan = FineTune(epochs=2.5, teach=0)
+    finetune(model, data(), plan, loss=F.cross_entropy, lr=0.5, on_step=lambda *s: steps.append(s))
+    assert steps == [(i, 10) for i in range(1, 11)]
+    assert F.cross_entropy(model(data()[0][0]), data()[0][1]) < before
+
+
+def test_a_teacher_changes_what_is_learnt_and_is_not_changed() -> None:
+    with seeded(9):
+        teacher = nn.Linear(3, 2)
+    before = copy.deepcopy(teacher.state_dict())
+    alone, taught = trained(FineTune(epochs=1, teach=0.9)), trained(FineTune(epochs=1, teach=0.9), teacher=teacher)
+    assert not torch.equal(alone.get_parameter("weight"), taught.get_parameter("weight"))
+    assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+def test_a_diverging_fine_tune_says_so() -> None:
+    with pytest.raises(FloatingPointError, match="the loss became"):
+        finetune(
+            nn.Linear(3, 2),
+            data(),
+            FineTune(epochs=9, lr_fraction=1, teach=0),
+            loss=lambda o, t: o.sum() * 1e38,
+            lr=1e30,
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": -1}, {"epochs": 1, "lr_fraction": 0}, {"epochs": 1, "teach": 1.5}])
+def test_a_wrong_plan_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="must hold, got"):
+        FineTune(**wrong)
+
+
+def test_seeding_repeats_and_restores() -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    python, numpy, torch_state = random.getstate(), repr(np.random.get_state()), torch.get_rng_state()
+    with seeded(4):
+        first = draw()
+    with seeded(4):
+        second = draw()
+    assert first == second
+    assert random.getstate() == python
+    assert repr(np.random.get_state()) == numpy
+    assert torch.equal(torch.get_rng_state(), torch_state)
