@@ -1,0 +1,79 @@
+"""Is this task what a search needs? Asked once, before any time is spent."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from autoprune.borrowing import arguments, seeded
+from autoprune.components import described
+from autoprune.core import InputError, Task
+
+
+def check_task(task: Task) -> None:
+    """Run one batch of the search split through model, loss and metric.
+
+    Raises:
+        InputError: something is not as autoprune.Task's docstring says; the message names it.
+    """
+    where = f"task '{task.name}'"
+    if not isinstance(task.model, nn.Module):
+        raise InputError(f"{where}: model must be a torch.nn.Module, got {type(task.model).__name__}")
+    if not isinstance(task.inputs, tuple) or not all(isinstance(x, Tensor) and x.dim() for x in task.inputs):
+        raise InputError(f"{where}: inputs must be a tuple of tensors whose first dimension is the batch")
+    if not isinstance(task.metric, torchmetrics.Metric) or task.metric.higher_is_better is None:
+        raise InputError(f"{where}: metric must be a torchmetrics.Metric whose higher_is_better is True or False")
+    if not task.lr > 0:
+        raise InputError(f"{where}: lr must be above 0, got {task.lr}")
+    for name, tensor in task.model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{where}: the weights hold NaN or infinity, first in '{name}'; train the model again")
+    for split in ("train", "search", "test"):
+        batches = getattr(task, split)
+        if batches is None or (hasattr(batches, "__len__") and len(batches) == 0):
+            raise InputError(f"{where}: {split} holds no batch")
+        if hasattr(batches, "__next__"):
+            raise InputError(f"{where}: {split} can be read only once; give a list, a DataLoader or the like")
+    for split in ("train", "search"):
+        _check_batch(where, split, _first_batch(where, split, getattr(task, split)))
+    _check_scoring(where, task, _first_batch(where, "search", task.search))
+
+
+def _first_batch(where: str, split: str, batches: Any) -> Any:
+    with seeded(0):
+        try:
+            return next(iter(batches))
+        except StopIteration:
+            raise InputError(f"{where}: {split} holds no batch") from None
+        except Exception as error:
+            raise InputError(f"{where}: iterating {split} raised {described(error)}") from error
+
+
+def _check_batch(where: str, split: str, batch: Any) -> None:
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        raise InputError(f"{where}: {split} must yield (inputs, target) pairs, got {type(batch).__name__}")
+    if not all(isinstance(x, Tensor) for x in arguments(batch[0])):
+        raise InputError(f"{where}: {split} must yield tensors as inputs, got {type(batch[0]).__name__}")
+
+
+def _check_scoring(where: str, task: Task, batch: Any) -> None:
+    inputs, target = batch
+    step = "copying the model"
+    try:
+        with torch.no_grad(), seeded(0):
+            model, metric = copy.deepcopy(task.model).cpu().eval(), copy.deepcopy(task.metric)
+            step = "the model"
+            output = model(*arguments(inputs))
+            step = "loss(output, target)"
+            loss = float(task.loss(output, target))
+            step = "metric(output, target)"
+            score = float(metric(output, target))
+    except Exception as error:
+        raise InputError(f"{where}: {step} fails on a search batch: {described(error)}") from error
+    if not math.isfinite(loss) or not math.isfinite(score):
+        raise InputError(f"{where}: loss {loss} and metric {score} of a search batch must be finite")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_task
+from torch import nn
+from torch.nn import functional as F
+
+from autoprune.core import Candidate, Trial
+from autoprune.criteria import l1
+from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
+from autoprune.recover import FineTune
+from autoprune.run import METERS, cost_models, measure
+from autoprune.space import trace
+
+
+def evaluator(cache: Path | None = None, seed: int = 0, **change: Any) -> Evaluator:
+    task = dataclasses.replace(make_task(), **change)
+    traced = trace(task.model, task.inputs, levels=6)
+    dense = measure(task.model, task.inputs)
+    return Evaluator(
+        task,
+        traced,
+        l1(task.model, traced.slices),
+        budgets=(),
+        costs=cost_models(task, traced, dense),
+        meters=METERS,
+        scoring=Scoring(images=400, recalibration=2, short=FineTune(epochs=0.3, teach=0.0)),
+        seed=seed,
+        cache=cache,
+    )
+
+
+def scored(candidate: Candidate, **settings: int) -> Trial:
+    (trial,) = evaluator(**settings)([(0, candidate)])  # type: ignore[arg-type]
+    assert trial.error is None
+    return trial
+
+
+def half(recovery: str) -> Candidate:
+    levels = evaluator().traced.space.groups
+    return Candidate(ratios=tuple(g.levels[3] for g in levels), recovery=recovery)  # type: ignore[arg-type]
+
+
+def test_every_step_of_recovery_helps() -> None:
+    none, probe, short = (scored(half(r)) for r in ("none", "probe", "short"))
+    assert none.loss > probe.loss > short.loss
+    assert none.score < short.score
+
+
+def test_the_dense_candidate_changes_nothing() -> None:
+    dense = scored(Candidate(ratios=evaluator().traced.space.dense(), recovery="none"))
+    assert dense.loss_change is not None
+    assert dense.loss_change.value == 0
+    assert dense.score_low < dense.score < dense.score_high
+
+
+def test_the_paired_interval_is_narrower_than_that_of_the_loss() -> None:
+    space = evaluator().traced.space
+    one = tuple(g.levels[1] if i == 0 else 0.0 for i, g in enumerate(space.groups))
+    ours = evaluator()
+    (trial,) = ours([(0, Candidate(ratios=one))])
+    assert trial.loss_change is not None
+    unpaired = _interval(ours.dense().losses)[1]
+    assert trial.loss_change.high - trial.loss_change.value < unpaired / 2
+
+
+def test_costs_are_predicted_until_they_are_asked_to_be_measured() -> None:
+    predicted, counted = (
+        scored(half("none")),
+        scored(Candidate(ratios=half("none").ratios, recovery="none", measure=True)),
+    )
+    assert {m.kind for m in predicted.costs.values()} == {"predicted"}
+    assert {m.kind for m in counted.costs.values()} == {"counted"}
+    assert predicted.costs["params"].value == pytest.approx(counted.costs["params"].value)
+
+
+def test_candidates_in_any_order_score_the_same() -> None:
+    ours = evaluator()
+    space = ours.traced.space
+    batch = [(i, Candidate(ratios=tuple(g.levels[i] for g in space.groups), recovery="short")) for i in (1, 2, 3)]
+    forward = {t.number: t.score for t in ours(batch)}
+    backward = {t.number: t.score for t in evaluator()(batch[::-1])}
+    assert forward == backward
+
+
+def test_a_candidate_outside_the_space_is_a_failed_trial() -> None:
+    (trial,) = evaluator()([(0, Candidate(ratios=(0.123,) * len(evaluator().traced.space.groups)))])
+    assert trial.error is not None
+    assert "is not a level of" in trial.error
+    assert math.isnan(trial.score)
+
+
+def test_a_loss_that_is_not_finite_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = evaluator()
+
+    def poisoned(candidate: Candidate) -> nn.Module:
+        model = ours.cut(candidate.ratios)
+        with torch.no_grad():
+            next(model.parameters()).fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(ours, "recovered", poisoned)
+    (trial,) = ours([(0, half("probe"))])
+    assert trial.error == "FloatingPointError: the loss on the search split is not finite"
+
+
+def test_the_cache_key_holds_what_the_score_depends_on(tmp_path: Path) -> None:
+    from torchmetrics.classification import MulticlassAccuracy
+
+    def key(recovery: str = "probe", seed: int = 0, **change: Any) -> Path | None:
+        return evaluator(tmp_path, seed, **change)._cache_path(half(recovery))
+
+    others = [
+        key("short"),
+        key(seed=1),
+        key(lr=0.2),
+        key(loss=lambda o, t: 7 * F.cross_entropy(o, t)),
+        key(metric=MulticlassAccuracy(10, average="micro", top_k=3)),
+        key(train=make_task().train[5:]),  # type: ignore[index]
+        key(search=make_task().search[1:]),  # type: ignore[index]
+        key(model=make_task(seed=1).model),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+    assert key() == key()
+
+
+def test_a_subset_has_every_class_in_proportion_in_every_chunk() -> None:
+    labels = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
+    chosen = labels[torch.from_numpy(_stratified(labels, 1000, 400, seed=1))]
+    counts = torch.bincount(chosen, minlength=3)
+    assert torch.all((counts - torch.tensor([240, 120, 40])).abs() <= 1)
+    for chunk in chosen.tensor_split(4):
+        assert torch.all((torch.bincount(chunk, minlength=3) - torch.tensor([60, 30, 10])).abs() <= 2)
+
+
+def test_a_subset_repeats_and_has_no_image_twice() -> None:
+    batches = [(torch.arange(100.0).view(-1, 1) + 100 * i, torch.arange(100) % 5) for i in range(3)]
+    first, second = _subset(batches, 120, 0), _subset(batches, 120, 0)
+    images = torch.cat([x[0] for x, _ in first])
+    assert len(first) == CHUNKS
+    assert len(images.unique()) == 120
+    assert torch.equal(images, torch.cat([x[0] for x, _ in second]))
+
+
+def test_targets_may_be_lists_of_one_entry_an_image() -> None:
+    batches = [(torch.arange(4.0).view(-1, 1) + 4 * i, [{"box": 4 * i + j} for j in range(4)]) for i in range(3)]
+    for (images,), targets in _subset(batches, 12, 0):
+        assert [t["box"] for t in targets] == images.ravel().tolist()
+
+
+def test_the_interval_is_students() -> None:
+    low, high = _interval([1.0, 2.0, 3.0, 4.0])
+    assert high == pytest.approx(3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2)
+    assert low == -high
