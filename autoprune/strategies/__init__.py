@@ -1,0 +1,1 @@
+"""Strategies: conversations over ask and tell that see numbers only."""

@@ -1,0 +1,254 @@
+"""Sensitivity: what each group's pruning costs in loss, then the exact choice of ratios under the budgets.
+
+Each group alone is cut at some of its levels and scored (MIT 6.5940's per-layer sweep; Han et al., NeurIPS 2015). The
+loss increase over the dense model on the same images, after recalibrating batch normalisation, is made monotone
+(isotonic regression) and interpolated to the other levels. The levels of least summed loss under every budget follow
+from an exact allocation (allocate.py) on the cost tables, pairs of groups included. The answer is measured; a limit
+that is missed calibrates its cost model and the allocation is solved again.
+
+Deviations from the course's rule: loss instead of accuracy (smoother at equal images), an allocation instead of one
+accuracy threshold for all layers. The sum of single increases ignores how groups interact: `refinements` sweeps the
+neighbourhood of the answer again, all other groups staying pruned, and keeps what scores better.
+
+Letters: G groups, L levels of one group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.interpolate import PchipInterpolator
+from scipy.optimize import isotonic_regression
+
+from autoprune.allocate import InfeasibleError, allocate
+from autoprune.core import (
+    RECOVERIES,
+    Budget,
+    Candidate,
+    CostModel,
+    InputError,
+    PruningSpace,
+    Recovery,
+    Trial,
+    check_recovery,
+)
+
+Losses = NDArray[np.float64]
+NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the sweep says of one group, for the report: "insensitive", "impossible" (no level could be scored)."""
+
+    group: str
+    what: str
+
+
+class Sensitivity:
+    """See the module's docstring.
+
+    sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
+    sweeping around the answer. attempts: how often the answer may be measured, calibrated and solved again.
+    recovery: what the final answer gets before it is scored.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, CostModel],
+        *,
+        seed: int = 0,
+        sweep_levels: int = 7,
+        refinements: int = 1,
+        attempts: int = 4,
+        recovery: Recovery = "short",
+    ) -> None:
+        if sweep_levels < 1 or refinements < 0 or attempts < 1:
+            raise InputError(
+                "sensitivity: sweep_levels and attempts must be >= 1 and refinements >= 0, "
+                f"got {sweep_levels}, {attempts}, {refinements}"
+            )
+        check_recovery(recovery)
+        self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
+        self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
+        self.recovery: Recovery = recovery
+        self.findings: tuple[Finding, ...] = ()
+        self._conversation = self._converse()
+        self._batch = next(self._conversation)
+
+    def ask(self) -> Sequence[Candidate]:
+        return self._batch
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        try:
+            self._batch = self._conversation.send(trials)
+        except StopIteration:
+            self._batch = []
+
+    def _converse(self) -> Generator[list[Candidate], Sequence[Trial], None]:
+        smallest = tuple(len(g.levels) - 1 for g in self.space.groups)
+        if any(self.costs[b.cost].predict(self._ratios(smallest)) > b.limit for b in self.budgets):
+            yield from self._measured(smallest)  # nothing keeps the budgets: the closest there is
+            return
+        losses = self._analysed((yield self._sweep()))
+        try:
+            answer, tables = yield from self._refined(self._allocated(losses), losses)
+            tried = set()
+            for _ in range(self.attempts):
+                tried.add(answer)
+                trial = yield from self._measured(answer)
+                if trial.feasible or trial.error:
+                    return
+                self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
+                answer = yield from self._best_of(tables)
+                if answer in tried:
+                    return
+        except InfeasibleError:
+            yield from self._measured(smallest)
+
+    # ------------------------------------------------------------------------------------------------- the sweep
+
+    def _swept(self, group: int) -> list[int]:
+        """Level indices of a group that the sweep scores, the deepest included."""
+        last = len(self.space.groups[group].levels) - 1
+        count = min(self.sweep_levels, last)
+        return sorted({round((i + 1) * last / count) for i in range(count)})
+
+    def _cells(self) -> list[tuple[int, int]]:
+        return [(g, i) for g in range(len(self.space.groups)) for i in self._swept(g)]
+
+    def _sweep(self) -> list[Candidate]:
+        """The dense model as it is, then every cell: one group at one level."""
+        dense = (0,) * len(self.space.groups)
+        cells = (self._moved(dense, g, i) for g, i in self._cells())
+        return [Candidate(ratios=self._ratios(dense), recovery="none"), *cells]
+
+    def _analysed(self, trials: Sequence[Trial]) -> list[Losses]:
+        """The sweep's trials -> monotone loss increases, one [L] a group."""
+        dense, *swept = trials
+        increases: list[dict[int, float]] = [{0: 0.0} for _ in self.space.groups]
+        for (g, i), trial in zip(self._cells(), swept, strict=True):
+            increases[g][i] = math.inf if trial.error else trial.loss - dense.loss
+        losses = [_monotone(row, len(g.levels)) for row, g in zip(increases, self.space.groups, strict=True)]
+        found = []
+        for group, row in zip(self.space.groups, losses, strict=True):
+            if len(row) > 1 and not np.isfinite(row[1:]).any():
+                found.append(Finding(group.name, "impossible"))
+            elif len(row) > 1 and row[-1] <= NEGLIGIBLE * abs(dense.loss):
+                found.append(Finding(group.name, "insensitive"))
+        self.findings = tuple(found)
+        return losses
+
+    def _allocated(self, losses: Sequence[Losses]) -> tuple[int, ...]:
+        limits = [(form, b.limit) for b in self.budgets for form in self.costs[b.cost].tables()]
+        return allocate(losses, limits).levels
+
+    # ------------------------------------------------------------------------------------------------- refinement
+
+    def _refined(
+        self, answer: tuple[int, ...], losses: list[Losses]
+    ) -> Generator[list[Candidate], Sequence[Trial], tuple[tuple[int, ...], list[list[Losses]]]]:
+        """Sweep around the answer, allocate within what was seen, go there if it scores better; and so on.
+
+        Returns the answer and the loss tables that led there, the sweep's first.
+        """
+        tables = [losses]
+        if self.refinements == 0:
+            return answer, tables
+        (here,) = yield [Candidate(ratios=self._ratios(answer))]
+        for _ in range(self.refinements):
+            steps = self._steps(answer)
+            if here.error or not steps:
+                break
+            trials = yield [self._moved(answer, g, i) for g, i in steps]
+            local = self._local(answer, here.loss, steps, trials)
+            proposal = self._allocated(local)
+            if proposal == answer:
+                break
+            (there,) = yield [Candidate(ratios=self._ratios(proposal))]
+            if there.error or there.loss >= here.loss:
+                break
+            answer, here = proposal, there
+            tables.append(local)
+        return answer, tables
+
+    def _best_of(
+        self, tables: Sequence[Sequence[Losses]]
+    ) -> Generator[list[Candidate], Sequence[Trial], tuple[int, ...]]:
+        """Allocate on each table under the calibrated costs, and take what scores best."""
+        proposals: list[tuple[int, ...]] = []
+        for table in tables:
+            with suppress(InfeasibleError):  # a local table may not reach far enough
+                proposals.append(self._allocated(table))
+        proposals = list(dict.fromkeys(proposals))
+        if len(proposals) < 2:
+            return proposals[0] if proposals else self._allocated(tables[0])
+        trials = yield [Candidate(ratios=self._ratios(levels)) for levels in proposals]
+        ranked = sorted(zip(trials, proposals, strict=True), key=lambda pair: (bool(pair[0].error), pair[0].loss))
+        return ranked[0][1]
+
+    def _steps(self, answer: Sequence[int]) -> list[tuple[int, int]]:
+        """The swept levels on either side of the answer, for each group."""
+        steps = []
+        for g, now in enumerate(answer):
+            swept = [0, *self._swept(g)]
+            below, above = [i for i in swept if i < now], [i for i in swept if i > now]
+            steps += [(g, i) for i in (*below[-1:], *above[:1])]
+        return steps
+
+    def _local(
+        self, answer: Sequence[int], loss: float, steps: Sequence[tuple[int, int]], trials: Sequence[Trial]
+    ) -> list[Losses]:
+        """Loss changes from the answer; levels beyond the steps seen are not allowed."""
+        seen: list[dict[int, float]] = [{now: 0.0} for now in answer]
+        for (g, i), trial in zip(steps, trials, strict=True):
+            if not trial.error:
+                seen[g][i] = trial.loss - loss
+        rows = []
+        for points, group in zip(seen, self.space.groups, strict=True):
+            known = sorted(points)
+            rising = isotonic_regression([points[i] for i in known]).x
+            row = np.full(len(group.levels), math.inf)
+            row[known[0] : known[-1] + 1] = np.interp(np.arange(known[0], known[-1] + 1), known, rising)
+            rows.append(row)
+        return rows
+
+    # ------------------------------------------------------------------------------------------------- candidates
+
+    def _moved(self, levels: Sequence[int], group: int, level: int) -> Candidate:
+        return Candidate(ratios=self._ratios((*levels[:group], level, *levels[group + 1 :])))
+
+    def _measured(self, levels: Sequence[int]) -> Generator[list[Candidate], Sequence[Trial], Trial]:
+        """The answer with its recovery; where that fails (a fine-tune that diverges, say) with the next lesser one."""
+        for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
+            (trial,) = yield [Candidate(ratios=self._ratios(levels), recovery=recovery, measure=True)]
+            if not trial.error:
+                break
+        return trial
+
+    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
+        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
+
+
+def _monotone(points: Mapping[int, float], count: int) -> Losses:
+    """Loss increases at some levels [L] -> at all, rising; levels beyond the last that could be scored are infinite."""
+    known = sorted(points)
+    finite = [i for i in known if math.isfinite(points[i])]
+    broken = next((i for i in known if not math.isfinite(points[i])), count)
+    finite = [i for i in finite if i < broken]
+    row = np.full(count, math.inf)
+    rising = np.maximum(isotonic_regression([points[i] for i in finite]).x, 0.0)
+    rising[0] = 0.0
+    if len(finite) == 1:
+        row[finite[0]] = 0.0
+    else:
+        inside = np.arange(finite[-1] + 1)
+        row[inside] = PchipInterpolator(finite, rising)(inside)
+    return row

@@ -1,0 +1,68 @@
+"""The baseline: the same ratio for every group, the smallest that keeps the budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autoprune.core import (
+    RECOVERIES,
+    Budget,
+    Candidate,
+    CostModel,
+    InputError,
+    PruningSpace,
+    Recovery,
+    Trial,
+    check_recovery,
+)
+
+
+class Uniform:
+    """One candidate: every group at the level nearest above one common ratio.
+
+    A measured cost above its limit calibrates the cost model and the next larger ratio is tried, at most `attempts`
+    times. recovery: what the answer gets before it is scored; where that fails, the next lesser one is tried.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, CostModel],
+        *,
+        seed: int = 0,
+        attempts: int = 4,
+        recovery: Recovery = "short",
+    ) -> None:
+        if attempts < 1:
+            raise InputError(f"uniform: attempts must be >= 1, got {attempts}")
+        check_recovery(recovery)
+        self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
+        self.attempts = attempts
+        self._recoveries = list(RECOVERIES[RECOVERIES.index(recovery) :])
+        self._finished = False
+
+    def ask(self) -> Sequence[Candidate]:
+        if self._finished or self.attempts == 0:
+            return []
+        self.attempts -= 1
+        return [Candidate(ratios=self._smallest(), recovery=self._recoveries[0], measure=True)]
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        (trial,) = trials
+        if trial.error:
+            self._recoveries.pop(0)
+            self._finished = not self._recoveries
+        else:
+            self._finished = bool(trial.feasible)
+        self.costs = {name: cost.calibrated(trials) for name, cost in self.costs.items()}
+
+    def _smallest(self) -> tuple[float, ...]:
+        """The least common ratio that is predicted to keep every budget, or the largest there is."""
+        for common in sorted({level for group in self.space.groups for level in group.levels}):
+            ratios = tuple(
+                next((level for level in g.levels if level >= common), g.levels[-1]) for g in self.space.groups
+            )
+            if all(self.costs[b.cost].predict(ratios) <= b.limit for b in self.budgets):
+                return ratios
+        return tuple(g.levels[-1] for g in self.space.groups)

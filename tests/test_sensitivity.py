@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+
+from autoprune.core import Budget, Candidate, InputError, Trial
+from autoprune.loop import search
+from autoprune.strategies.sensitivity import Sensitivity, _monotone
+from autoprune.testing import World, answer
+
+
+def test_losses_are_made_monotone_and_interpolated() -> None:
+    row = _monotone({0: 0.0, 2: 0.3, 4: 0.1, 6: 1.0}, 7)
+    assert row[0] == 0
+    assert np.all(np.diff(row) >= -1e-12)
+    assert row[2] == pytest.approx(0.2)
+    assert row[6] == pytest.approx(1.0)
+
+
+def test_levels_beyond_a_failure_are_not_allowed() -> None:
+    row = _monotone({0: 0.0, 2: 0.1, 4: math.inf, 6: 0.2}, 7)
+    assert np.isfinite(row[:3]).all()
+    assert np.isinf(row[3:]).all()
+
+
+def test_an_improvement_counts_as_no_loss() -> None:
+    assert _monotone({0: 0.0, 1: -0.2, 2: 0.1}, 3)[1] == 0
+
+
+def test_insensitive_and_impossible_groups_are_said() -> None:
+    world = World(1)
+    world._weights[2] = 0.0
+    world.fails = lambda ratios: ratios[4] > 0
+    strategy = Sensitivity(world.space, world.budgets, world.costs, refinements=0)
+
+    def quiet(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        """Without the world's interaction term, so that group 2 truly costs nothing."""
+        for trial in world.evaluate(batch):
+            r = np.asarray(trial.candidate.ratios)
+            yield dataclasses.replace(trial, loss=trial.loss - 0.05 * float((r[1:] * r[:-1]).sum()))
+
+    found = answer(search(strategy, quiet, lambda trial: None))
+    assert {f.group: f.what for f in strategy.findings} == {"g2": "insensitive", "g4": "impossible"}
+    assert found.candidate.ratios[4] == 0
+    assert found.candidate.ratios[2] > 0.5
+
+
+def test_without_interaction_the_answer_is_the_optimum() -> None:
+    """Separable losses, every level swept: the exact allocation is the best of all combinations."""
+    import itertools
+
+    world = World(3, groups=4, levels=5, bias=0.0)
+    strategy = Sensitivity(world.space, world.budgets, world.costs, sweep_levels=4, refinements=0)
+
+    def separable(ratios: tuple[float, ...]) -> float:
+        return float(0.3 + world._weights @ np.asarray(ratios) ** world._powers)
+
+    def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        for trial in world.evaluate(batch):
+            loss = separable(trial.candidate.ratios)
+            yield dataclasses.replace(trial, loss=loss, score=1 - loss)
+
+    found = answer(search(strategy, evaluate, lambda trial: None))
+    limit = world.budgets[0].limit
+    everything = itertools.product(*(g.levels for g in world.space.groups))
+    best = min(separable(r) for r in everything if world.costs["macs"].predict(r) <= limit)
+    assert found.loss == pytest.approx(best)
+
+
+def test_refinement_pays() -> None:
+    """Over ten worlds with interaction the refined answers are better on average, and rarely worse."""
+
+    def losses(refinements: int) -> list[float]:
+        worlds = [World(seed) for seed in range(10)]
+        return [answer(w.play(Sensitivity(w.space, w.budgets, w.costs, refinements=refinements))).loss for w in worlds]
+
+    plain, refined = losses(0), losses(2)
+    assert np.mean(refined) < np.mean(plain)
+    assert sum(r > p + 1e-9 for r, p in zip(refined, plain, strict=True)) <= 2
+
+
+def test_an_unreachable_budget_costs_no_sweep() -> None:
+    world = World(2)
+    strategy = Sensitivity(world.space, (Budget("macs", 1.0, "MACs"),), world.costs)
+    assert len(world.play(strategy)) == 1
+
+
+def test_settings_are_checked() -> None:
+    world = World(0)
+    with pytest.raises(InputError, match="sweep_levels and attempts must be >= 1"):
+        Sensitivity(world.space, world.budgets, world.costs, sweep_levels=0)
