@@ -1,0 +1,80 @@
+"""ResNet-20 on CIFAR-10 (Krizhevsky, 2009): the checkpoint ships, the data are the user's."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
+
+from autoprune.core import InputError, Task
+from autoprune.tasks.images import ImageBatches
+from autoprune.tasks.resnet import ResNet
+from autoprune.tasks.shipped import Images, check_arrays, check_held_out, load_weights, provenance
+
+NAME = "cifar10_resnet20"
+RECORD = 3073  # one label byte, then 3 x 32 x 32 bytes
+
+
+def make_task(*, data: str, checkpoint: str | None = None, batch: int = 1, batch_size: int = 128) -> Task:
+    """data: an npz with x_train y_train x_test y_test (uint8 [N, 32, 32, 3]) or the official binary folder
+    (cifar-10-batches-bin: data_batch_1.bin ... data_batch_5.bin, test_batch.bin). Other arguments as the default task.
+
+    Raises:
+        InputError: data or checkpoint are absent, damaged, or not what they should be.
+    """
+    if batch < 1 or batch_size < 1:
+        raise InputError(f"task.batch and task.batch_size must be >= 1, got {batch} and {batch_size}")
+    record = provenance(NAME)
+    path = Path(str(data))
+    arrays = _read_binary(path) if path.is_dir() else _read_npz(path)
+    check_arrays(arrays, (32, 32, 3), data)
+    if len(arrays["y_train"]) != 50_000:
+        raise InputError(f"task.data={data} holds {len(arrays['y_train'])} training images, the official set has 50000")
+    search = np.array(record["search_indices"])
+    check_held_out(arrays["x_train"][search], record, data)
+    train = np.setdiff1d(np.arange(50_000), search)
+
+    model = ResNet(depth=20, channels=3)
+    load_weights(model, NAME, checkpoint)
+    like = {"mean": record["recipe"]["mean"], "std": record["recipe"]["std"]}
+    x, y = arrays["x_train"], arrays["y_train"]
+    held = ImageBatches(x[search], y[search], batch_size=500, **like)
+    return Task(
+        name=NAME,
+        model=model.eval(),
+        inputs=(held.normalised(held.images[:batch]),),
+        train=ImageBatches(x[train], y[train], batch_size=batch_size, shift=record["recipe"]["shift"], **like),
+        search=held,
+        test=ImageBatches(arrays["x_test"], arrays["y_test"], batch_size=500, **like),
+        loss=F.cross_entropy,
+        metric=MulticlassAccuracy(10, average="micro"),
+        lr=record["recipe"]["max_lr"],
+        notes=(f"data: {data}",),
+    )
+
+
+def _read_npz(path: Path) -> dict[str, Images]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+        raise InputError(f"task.data={path} is no npz with x_train y_train x_test y_test: {error}") from error
+
+
+def _read_binary(folder: Path) -> dict[str, Images]:
+    arrays = {}
+    for split, names in (("train", [f"data_batch_{i}.bin" for i in range(1, 6)]), ("test", ["test_batch.bin"])):
+        try:
+            content = b"".join((folder / name).read_bytes() for name in names)
+        except OSError as error:
+            raise InputError(f"task.data={folder}: {error.filename}: {error.strerror}") from error
+        if not content or len(content) % RECORD:
+            raise InputError(f"task.data={folder}: the {split} files are not whole records of {RECORD} bytes")
+        rows = np.frombuffer(content, np.uint8).reshape(-1, RECORD)
+        arrays[f"y_{split}"] = rows[:, 0].copy()
+        arrays[f"x_{split}"] = rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).copy()
+    return arrays

@@ -1,0 +1,63 @@
+"""Checkpoints in the package, with the provenance that proves the search split was held out of their training."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from numpy.typing import NDArray
+from torch import nn
+
+from autoprune.core import InputError
+
+DATA = Path(__file__).parent / "data"
+Images = NDArray[np.uint8]
+
+
+def provenance(name: str) -> dict[str, Any]:
+    """How the checkpoint was made: recipe, log, result, versions, and the search split's indices and hash."""
+    return dict(json.loads((DATA / f"{name}.json").read_text()))
+
+
+def load_weights(model: nn.Module, name: str, checkpoint: str | None) -> None:
+    """Fill `model` in place from the shipped checkpoint, or from the user's safetensors file.
+
+    Raises:
+        InputError: the file is absent, damaged, or of another shape.
+    """
+    path = Path(checkpoint) if checkpoint else DATA / f"{name}.safetensors"
+    try:
+        weights = safetensors.torch.load_file(path)
+        model.load_state_dict(weights)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"task.checkpoint={path} cannot be read: {_first_line(error)}") from error
+    except RuntimeError as error:
+        mismatch = str(error).strip().splitlines()[1:2] or [str(error)]
+        raise InputError(f"task.checkpoint={path} does not fit the model: {mismatch[0].strip()}") from error
+
+
+def check_held_out(images: Images, record: dict[str, Any], source: str) -> None:
+    """Raises InputError unless these are the very images that were held out when the checkpoint was trained."""
+    if hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest() != record["search_sha256"]:
+        raise InputError(
+            f"the search split taken from {source} is not the one held out of the checkpoint's training: "
+            "the data differ from the official set; use that one"
+        )
+
+
+def check_arrays(arrays: dict[str, Images], shape: tuple[int, ...], source: str) -> None:
+    """Raises InputError unless x_train, y_train, x_test, y_test are images [N, *shape] of uint8 with labels 0..9."""
+    for split in ("train", "test"):
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if x.dtype != np.uint8 or x.shape[1:] != shape or len(x) == 0:
+            raise InputError(f"{source}: x_{split} must be uint8 [N, {shape}], got {x.dtype} {list(x.shape)}")
+        if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 9:
+            raise InputError(f"{source}: y_{split} must be {len(x)} labels in 0..9, got {y.dtype} {list(y.shape)}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
