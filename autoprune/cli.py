@@ -1,0 +1,307 @@
+"""The command line: Hydra in, Result out. The only file that sees a configuration.
+
+Exit status: 0 every budget met; 3 a budget could not be met (the closest result is written); 2 wrong input; 1 our own
+failure; 130 interrupted (what was scored is kept, the line to go on is printed).
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoprune.components import CONF, bind, make_task, names
+from autoprune.core import Budget, InputError
+
+if TYPE_CHECKING:
+    from autoprune.report import Screen
+
+GROUPS = ("task", "strategy", "criterion", "evaluator", "finetune")
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    str: ((str, type(None)), "text"),
+}
+MET, FAILED, WRONG_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+
+HELP = """autoprune finds how much to prune from each layer of a trained PyTorch network under a hard budget.
+
+usage: python -m autoprune COMMAND [key=value ...]
+
+  search     find the ratios, the smaller network and the report    search budget=flops_50pct
+  finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
+  report     write report.html of a finished run again              report outputs/.../
+
+python -m autoprune COMMAND --help shows every key with its default.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(HELP)
+        return 0
+    command, *rest = arguments
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown command '{command}': it must be one of {', '.join(COMMANDS)}{hint}")
+        if any(word in ("-h", "--help") for word in rest):
+            sys.stdout.write(_command_help(command))
+            return 0
+        return COMMANDS[command](rest)
+    except InputError as error:
+        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}\n")
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        line = shlex.join([sys.executable, "-m", "autoprune", *arguments])
+        kept = "what was scored is kept. To go on" if command == "search" else "nothing is kept. To begin again"
+        sys.stderr.write(f"\nautoprune: interrupted; {kept}:\n  {line}\n")
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001, the last door
+        logging.getLogger("autoprune").error("%s", traceback.format_exc())
+        if os.environ.get("AUTOPRUNE_DEBUG"):
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or "no message"
+        sys.stderr.write(
+            f"autoprune: failed, {type(error).__name__}: {text} "
+            "(the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)\n"
+        )
+        return FAILED
+
+
+def _search(words: Sequence[str]) -> int:
+    config = _compose("search", words)
+    from autoprune import report, run
+    from autoprune.evaluate import Scoring
+    from autoprune.recover import FineTune
+
+    evaluator = config["evaluator"]
+    budgets = _budgets(config["budget"])
+    scoring = {k: v for k, v in evaluator.items() if k in ("images", "recalibration")}
+    scoring["short"] = _made(FineTune, evaluator["short"], "evaluator.short")
+    settings = {
+        "space": _made(run.Space, config["space"], "space"),
+        "scoring": _made(Scoring, scoring, "evaluator"),
+        "final": _made(FineTune, config["finetune"], "finetune"),
+    }
+    task = make_task(config["task"])
+    folder = _run_folder(config, task.name, _short_name(config["strategy"]["_target_"]))
+    with _watched() as screen:
+        result = run.search(
+            task,
+            budget=budgets,
+            strategy=config["strategy"],
+            criterion=config["criterion"],
+            seed=config["seed"],
+            storage=config["study"]["storage"],
+            study_name=config["study"]["name"],
+            cache=evaluator["cache"],
+            device=evaluator["device"],
+            progress=screen,
+            **settings,
+        )
+    report.write(result, folder)
+    report.show(result, folder, task_words=[word for word in words if word.startswith("task")])
+    return MET if result.met else NOT_MET
+
+
+def _finetune(words: Sequence[str]) -> int:
+    config = _compose("finetune", words)
+    from autoprune import report, run
+    from autoprune.prune import RatioTable
+    from autoprune.recover import FineTune
+
+    table = RatioTable.load(config["ratios"])
+    plan = _made(FineTune, config["finetune"], "finetune")
+    task = make_task(config["task"])
+    folder = _run_folder(config, task.name, "finetune")
+    with _watched() as screen:
+        tuned = run.finetune_table(
+            task,
+            table,
+            criterion=config["criterion"],
+            final=plan,
+            recalibration=config["recalibration"],
+            seed=config["seed"],
+            device=config["device"],
+            progress=screen,
+        )
+    report.write_finetuned(tuned, folder)
+    report.show_finetuned(tuned, folder)
+    return MET
+
+
+def _report(words: Sequence[str]) -> int:
+    from autoprune import report
+
+    if len(words) != 1:
+        raise InputError("report takes one argument, the folder of a finished run: python -m autoprune report RUN_DIR")
+    report.rewrite(Path(words[0]))
+    return MET
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"search": _search, "finetune": _finetune, "report": _report}
+
+
+# ------------------------------------------------------------------------------------------------------ configuration
+
+
+def _compose(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """The command's configuration with the user's overrides, as plain values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        own_task, rest = _own_task(words, OverridesParser.create())
+        with initialize_config_dir(str(CONF.resolve()), version_base=None):
+            config = compose(command, overrides=rest)
+            plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
+        if own_task:
+            config.task = own_task
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE to the command line")
+        values: Any = OmegaConf.to_container(config, resolve=True)
+        defaults: Any = OmegaConf.to_container(plain)
+        free = {"budget", "task"} if own_task else {"budget"}
+        _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explained(command, words, error)) from error
+    return values  # type: ignore[no-any-return]
+
+
+def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises InputError where a number or a switch by default was given as something else."""
+    for key, default in defaults.items():
+        given, kind = values.get(key), KINDS.get(type(default))
+        if isinstance(default, dict):
+            if not isinstance(given, dict):
+                raise InputError(f"{prefix}{key} must be a mapping of keys, got {given!r}")
+            _check_kinds(given, default, f"{prefix}{key}.")
+        elif kind and (not isinstance(given, kind[0]) or (isinstance(given, bool) and bool not in kind[0])):
+            raise InputError(f"{prefix}{key} must be {kind[1]}, got {given!r}")
+
+
+def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:
+    """A task function of the user's discards the default task's arguments and admits its own without a `+`."""
+    if not any(word.startswith(("task._target_=", "+task._target_=")) for word in words):
+        return {}, list(words)
+    mine = [word for word in words if word.lstrip("+").startswith("task.")]
+    parsed = [parser.parse_override(word) for word in mine]
+    return {p.key_or_group.removeprefix("task."): p.value() for p in parsed}, [w for w in words if w not in mine]
+
+
+def _explained(command: str, words: Sequence[str], error: Exception) -> str:
+    """A configuration error in one line, with the nearest key where one was misspelt."""
+    from omegaconf import OmegaConf
+
+    known = set(_keys(OmegaConf.load(CONF / f"{command}.yaml")))
+    for group in GROUPS:
+        if (CONF / group).is_dir():
+            known.add(group)
+            for name in names(group):
+                known |= {f"{group}.{key}" for key in _keys(OmegaConf.load(CONF / group / f"{name}.yaml"))}
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if "=" not in word:
+            return f"'{word}' is not key=value; python -m autoprune {command} --help shows every key"
+        if key not in known and ("Could not override" in str(error) or "struct" in str(error)):
+            near = difflib.get_close_matches(key, sorted(known), 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; see python -m autoprune {command} --help"
+            return f"unknown key '{key}' in '{word}'{hint}"
+    return f"cannot read {' '.join(words)}: {' '.join(str(error).split())}"
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    from omegaconf import DictConfig
+
+    for key in node:
+        if key == "defaults":
+            continue
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def _made(kind: Callable[..., Any], values: dict[str, Any], place: str) -> Any:
+    """A value type from its keys; an unknown key or a wrong type is the user's error."""
+    target = f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        return bind({"_target_": target, **values}, place)()
+    except TypeError as error:
+        raise InputError(f"{place}: {error}; see --help for the kind of each value") from error
+
+
+def _budgets(value: Any) -> list[str]:
+    texts = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    for text in texts:
+        Budget.parse(text)
+    return texts
+
+
+def _short_name(target: str) -> str:
+    from autoprune.components import spec
+
+    shipped = (name for name in names("strategy") if spec("strategy", name)["_target_"] == target)
+    return next(shipped, target.rpartition(".")[2].lower())
+
+
+def _run_folder(config: dict[str, Any], task: str, what: str) -> Path:
+    """A new folder for this run, with the configuration and a log in it."""
+    from omegaconf import OmegaConf
+
+    base = Path(config["output"]) / task / what
+    stamp, folder, count = time.strftime("%Y-%m-%d_%H-%M-%S"), Path(), 1
+    try:
+        while True:
+            folder = base / (stamp if count == 1 else f"{stamp}_{count}")
+            try:
+                folder.mkdir(parents=True, exist_ok=False)
+                break
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+                count += 1
+        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        handler = logging.FileHandler(folder / "log.txt")
+    except OSError as error:
+        raise InputError(f"output={config['output']}: cannot write to {folder}: {error.strerror}") from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("autoprune")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logger.propagate = False
+    return folder
+
+
+def _watched() -> Screen:
+    from autoprune.report import Screen
+
+    return Screen(logging.getLogger("autoprune"))
+
+
+def _command_help(command: str) -> str:
+    if command == "report":
+        return "usage: python -m autoprune report RUN_DIR\n\nWrite report.html of a finished run again.\n"
+    lines = [f"usage: python -m autoprune {command} [key=value ...]\n", (CONF / f"{command}.yaml").read_text()]
+    for group in GROUPS:
+        if f"- {group}: " in lines[1]:
+            for name in names(group):
+                lines.append(f"# {group}={name}\n{(CONF / group / f'{name}.yaml').read_text()}")
+    lines.append("# a task of your own: task._target_=my_module.make_task task.argument=value (see the README)\n")
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""What a search ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from autoprune.core import Budget, Measurement, PruningSpace, Trial
+from autoprune.prune import RatioTable
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The task's metric, in its own sign. dense, pruned (after the search's recovery) and recovered (after the final
+    fine-tune) on the search split's subset; test_* on the test split, read once."""
+
+    metric: str
+    dense: float
+    pruned: float
+    recovered: float
+    test_dense: float
+    test_recovered: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The ratio table, the smaller network, and the record of how they were found.
+
+    dense, predicted, measured: every cost of the dense model, as predicted for the answer, and of the final network.
+    findings: what the strategy has to say of single groups. met: whether every budget is kept by measurement.
+    """
+
+    task: str
+    strategy: str
+    seed: int
+    device: str
+    table: RatioTable
+    model: nn.Module
+    space: PruningSpace
+    ratios: tuple[float, ...]
+    trials: tuple[Trial, ...]
+    scores: Scores
+    dense: Mapping[str, Measurement]
+    predicted: Mapping[str, float]
+    measured: Mapping[str, Measurement]
+    budgets: tuple[Budget, ...]
+    asked: tuple[str, ...]
+    versions: Mapping[str, str]
+    study: str
+    storage: str | None
+    evaluations: int
+    cache_hits: int
+    seconds: float
+    findings: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def met(self) -> bool:
+        return all(b.met(self.measured[b.cost]) for b in self.budgets)
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of result.json."""
+        kept = self.space.kept(self.ratios)
+        return {
+            "schema": SCHEMA,
+            "task": self.task,
+            "strategy": self.strategy,
+            "seed": self.seed,
+            "device": self.device,
+            "versions": dict(self.versions),
+            "score": asdict(self.scores),
+            "costs": {
+                name: {"dense": dense.value, "predicted": self.predicted[name], "measured": asdict(self.measured[name])}
+                for name, dense in self.dense.items()
+            },
+            "budgets": [
+                {
+                    "asked": asked,
+                    "cost": b.cost,
+                    "limit": b.limit,
+                    "unit": b.unit,
+                    "value": self.measured[b.cost].value,
+                    "met": bool(b.met(self.measured[b.cost])),
+                }
+                for asked, b in zip(self.asked, self.budgets, strict=True)
+            ],
+            "search": {
+                "study": self.study,
+                "storage": self.storage,
+                "trials": len(self.trials),
+                "failed": sum(t.error is not None for t in self.trials),
+                "evaluations": self.evaluations,
+                "cache_hits": self.cache_hits,
+                "seconds": self.seconds,
+                "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),
+            },
+            "groups": {
+                g.name: {"size": g.size, "kept": k, "ratio": r}
+                for g, k, r in zip(self.space.groups, kept, self.ratios, strict=True)
+            },
+            "refused": {r.name: r.reason for r in self.space.refused},
+            "findings": dict(self.findings),
+            "notes": list(self.notes),
+        }

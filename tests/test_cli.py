@@ -1,0 +1,260 @@
+"""The command line: every wrong input is one clear line and exit 2; exit statuses; help."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from autoprune import cli
+
+QUICK = (
+    "task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 strategy.sweep_levels=2 "
+    "strategy.refinements=0 evaluator.short.epochs=0.1 finetune.epochs=0.1"
+).split()
+UNIFORM = (
+    "task._target_=tiny.make_task strategy=uniform evaluator.images=200 evaluator.short.epochs=0.1 finetune.epochs=0.1"
+).split()
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = cli.main(words)
+    shown = capsys.readouterr()
+    return status, shown.out, shown.err
+
+
+MODULE = """
+import torch
+from autoprune import Task
+def raises(): raise RuntimeError("disk on fire")
+def wrong(): return {"model": None}
+def needs(depth): return depth
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("fly", "unknown command 'fly'"),
+        ("serch", "did you mean search?"),
+        ("search strategy=magic", "Available options in 'strategy': sensitivity uniform"),
+        ("search task=imagenet", "Available options in 'task'"),
+        ("search criterion=l3", "Available options in 'criterion'"),
+        ("search budget=latency_20", "budget 'latency_20': the unit is missing"),
+        ("search budget=latency_-5ms", "must be above 0, got -5"),
+        ("search budget=flops_150pct", "at most 100, got 150"),
+        ("search budget=speed_20ms", "unknown cost 'speed'"),
+        ("search budget=latency_20ms", "needs measuring on a device"),
+        ("search budget=[]", "budget is empty"),
+        ("search budjet=flops_50pct", "unknown key 'budjet' in 'budjet=flops_50pct'; did you mean 'budget'?"),
+        ("search evaluator.imags=3", "did you mean 'evaluator.images'?"),
+        ("search strategy.sweep_level=3", "did you mean 'strategy.sweep_levels'?"),
+        ("search output=5", "output must be text, got 5"),
+        ("search study.storage=5", "study.storage must be text"),
+        ("search evaluator.cache=5", "evaluator.cache must be text"),
+        ("search finetune.momentum=-1", "0 <= momentum < 1 must hold, got momentum=-1"),
+        ("search strategy=uniform strategy.attempts=0", "attempts must be >= 1"),
+        ("search strategy.recovery=shrot task._target_=tiny.make_task", "recovery must be one of short, probe, none"),
+        ("search task._target_=tiny.make_task evaluator.cache=a_file", "evaluator.cache=a_file cannot be written"),
+        ("search +strategy.magic=3", "does not take these arguments"),
+        ("search budget", "'budget' is not key=value"),
+        ("search seed=[1", "seed=[1"),
+        ("search seed=one", "seed must be a whole number, got 'one'"),
+        ("search seed=-1", "seed must be a whole number of 0 or more, got -1"),
+        ("search evaluator.images=many", "evaluator.images must be a whole number, got 'many'"),
+        ("search evaluator.images=1", "images must be >= 2"),
+        ("search finetune.epochs=-1", "epochs >= 0 must hold, got epochs=-1"),
+        ("search space.levels=1", "levels must be >= 2"),
+        ("search strategy.sweep_levels=0", "sweep_levels and attempts must be >= 1"),
+        ("search task.data=nowhere", "nowhere/train-images-idx3-ubyte.gz cannot be read: No such file"),
+        ("search task.data=damaged", "train-images-idx3-ubyte.gz cannot be read"),
+        ("search task.checkpoint=nowhere.safetensors task.data=shipped", "task.checkpoint=nowhere.safetensors cannot"),
+        ("search task.checkpoint=other.safetensors task.data=shipped", "does not fit the model"),
+        ("search task.checkpoint=damaged.safetensors task.data=shipped", "cannot be read"),
+        ("search task.checkpoint=nan.safetensors task.data=shipped", "hold NaN or infinity, first in 'conv1.weight'"),
+        ("search task=cifar10_resnet20", "task.data is not given"),
+        ("search task=cifar10_resnet20 task.data=nowhere.npz", "task.data=nowhere.npz"),
+        ("search task=cifar10_resnet20 task.data=damaged.npz", "is no npz with x_train"),
+        ("search task=cifar10_resnet20 task.data=small.npz", "the official set has 50000"),
+        ("search task._target_=nothing.make_task", "there is no module 'nothing'"),
+        ("search task._target_=mine.nothing", "has no function or class 'nothing'"),
+        ("search task._target_=make_task", "must be a dotted path"),
+        ("search task._target_=mine.raises", "mine.raises raised RuntimeError: disk on fire (mine.py:4)"),
+        ("search task._target_=mine.wrong", "returned dict, it must return an autoprune.Task"),
+        ("search task._target_=mine.needs", "missing a required argument: 'depth'"),
+        ("search task._target_=mine.needs task.deep=3", "it takes depth"),
+        ("search task._target_=broken.make_task", "importing broken raised SyntaxError"),
+        ("search task.data=shipped output=a_file", "cannot write to a_file"),
+        ("search task._target_=tiny.make_task study.storage=sqlite:///a_file/x.db", "cannot be used"),
+        ("search task._target_=tiny.make_task study.storage=sqlite:///mine.py", "file is not a database"),
+        ("search task._target_=tiny.make_task study.storage=oracle://x", "cannot be used"),
+        ("search task._target_=tiny.make_task evaluator.device=warp", "device=warp is not there"),
+        ("finetune", "ratios is not given: add ratios=VALUE"),
+        ("finetune ratios=5", "ratios must be text"),
+        ("finetune ratios=nowhere.yaml", "ratio table nowhere.yaml: No such file"),
+        ("finetune ratios=mine.py", "is not"),
+        ("report", "report takes one argument"),
+        ("report nowhere", "nowhere holds no finished search"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_and_exit_2(
+    words: str, says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("mine.py").write_text(MODULE)
+    Path("broken.py").write_text("def make_task(:\n")
+    Path("a_file").write_text("")
+    Path("damaged").mkdir()
+    Path("damaged/train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b not gzip")
+    Path("damaged.npz").write_bytes(b"PK\x03\x04 not a zip")
+    Path("damaged.safetensors").write_bytes(b"\xff" * 64)
+    if "small" in words:
+        x, y = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
+        np.savez("small.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    if "nan" in words or "other" in words:
+        from autoprune.tasks.resnet import ResNet
+
+        with torch.no_grad():
+            model = ResNet(channels=1)
+            model.conv1.weight[0] = float("nan")
+        safetensors.torch.save_file(model.state_dict(), "nan.safetensors")
+        safetensors.torch.save_file(ResNet(channels=3).state_dict(), "other.safetensors")
+    for name in ("mine", "broken"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    status, _, err = run(capsys, *shlex.split(words))
+    assert status == 2, err
+    assert says in err
+    errors = [line for line in err.splitlines() if line.startswith("autoprune: ")]
+    assert errors == err.splitlines()[-1:], err
+    assert "Traceback" not in err
+
+
+def test_help_answers_at_once_and_names_every_command() -> None:
+    began = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-m", "autoprune", "--help"], capture_output=True, text=True, check=True)
+    print(f"--help: {time.perf_counter() - began:.2f} s")  # noqa: T201
+    for command in cli.COMMANDS:
+        assert f"\n  {command} " in shown.stdout
+    program = "import sys; from autoprune.cli import main; main(['--help']); print('torch' in sys.modules)"
+    light = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert light.stdout.strip().endswith("False"), "--help imports torch"
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, command, "--help")
+    assert status == 0
+    assert f"python -m autoprune {command}" in out
+    if command != "report":
+        assert "epochs: 4" in out
+
+
+def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys)[:2] == (0, cli.HELP)
+
+
+def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "search", *QUICK)
+    assert status == 0, err
+    assert "met" in out
+    (folder,) = Path("outputs/tiny/sensitivity").iterdir()
+    assert json.loads((folder / "result.json").read_text())["budgets"][0]["met"] is True
+    assert (folder / "config.yaml").exists()
+    assert "groups of" in (folder / "log.txt").read_text()
+    before = (folder / "report.html").read_text()
+    (folder / "report.html").unlink()
+    assert run(capsys, "report", str(folder))[0] == 0
+    assert (folder / "report.html").read_text() == before
+
+    status, out, err = run(
+        capsys, "finetune", f"ratios={folder}/ratios.yaml", "task._target_=tiny.make_task", "finetune.epochs=0.2"
+    )
+    assert status == 0, err
+    assert "pruned and fine-tuned" in " ".join(out.split())
+    status, _, err = run(
+        capsys, "finetune", f"ratios={folder}/ratios.yaml", "task=fashion_mnist_resnet20", "task.data=shipped"
+    )
+    assert status == 2
+    assert "no group '0.0' of 8 units: it is another architecture" in err
+
+
+def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "search", *UNIFORM, "budget=flops_1pct")
+    assert status == 3
+    assert "not met" in out
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    values = json.loads((folder / "result.json").read_text())
+    assert values["budgets"][0]["met"] is False
+    assert (folder / "ratios.yaml").exists()
+
+
+def test_a_named_study_of_another_search_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "search", *UNIFORM, "study.name=mine")[0] == 0
+    status, _, err = run(capsys, "search", *UNIFORM, "study.name=mine", "budget=flops_70pct")
+    assert status == 2
+    assert 'budgets was ["flops_50pct"], is ["flops_70pct"]' in err
+
+
+def test_our_own_failure_is_exit_1_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("our fault")
+
+    monkeypatch.setattr("autoprune.loop.search", broken)
+    status, _, err = run(capsys, "search", *UNIFORM)
+    assert status == 1
+    assert "failed, ZeroDivisionError: our fault" in err
+    assert "Traceback" not in err
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    assert "Traceback" in (folder / "log.txt").read_text()
+
+
+def test_a_user_task_takes_its_own_arguments_without_a_plus(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "search", *UNIFORM, "task.name=renamed", "task.seed=0")
+    assert status == 0, err
+    assert Path("outputs/renamed/uniform").is_dir()
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
+    import optuna
+
+    line = [sys.executable, "-m", "autoprune", "search", "task.data=shipped", "finetune.epochs=0.1"]
+    line += ["evaluator.short.epochs=0", "strategy.sweep_levels=2", "evaluator.images=300", "evaluator.cache=null"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+
+    def count() -> int:
+        try:
+            (summary,) = optuna.get_all_study_summaries("sqlite:///outputs/studies.db")
+        except (ValueError, KeyError, optuna.exceptions.StorageInternalError):
+            return 0
+        return int(summary.n_trials)
+
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not Path("outputs/studies.db").exists():
+        time.sleep(0.2)
+    while time.monotonic() < deadline and count() < 8:
+        time.sleep(0.2)
+    process.send_signal(2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "what was scored is kept" in err
+    kept = count()
+    assert kept >= 8
+    printed = shlex.split(err.strip().splitlines()[-1])
+    resumed = subprocess.run(printed, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{kept} trials are not scored again" in " ".join(resumed.stderr.split())
+    results = [json.loads(p.read_text()) for p in Path("outputs").rglob("result.json")]
+    assert len(results) == 1
+    assert results[0]["search"]["evaluations"] == results[0]["search"]["trials"] - kept

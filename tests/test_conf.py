@@ -1,0 +1,71 @@
+"""Every YAML of conf/ stands for something that can be built, and every key is one that its target takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autoprune import cli, components
+from autoprune.evaluate import Scoring
+from autoprune.recover import FineTune
+from autoprune.run import Space
+from autoprune.testing import World
+
+FILES = sorted(components.CONF.rglob("*.yaml"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load(path.read_text()))
+
+
+def test_all_groups_are_known_to_the_command_line() -> None:
+    assert {p.parent.name for p in FILES if p.parent != components.CONF} == set(cli.GROUPS)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("task", "strategy", "criterion")], ids=str)
+def test_every_component_takes_the_keys_of_its_yaml(path: Path) -> None:
+    values = read(path)
+    function = components.locate(values.pop("_target_"), path.stem)
+    accepted = inspect.signature(function).parameters
+    assert set(values) <= set(accepted)
+    required = {n for n, p in accepted.items() if p.default is p.empty and p.kind is p.KEYWORD_ONLY}
+    assert required <= set(values) | {"batches", "loss", "seed"}
+
+
+@pytest.mark.parametrize("name", components.names("strategy"))
+def test_every_strategy_is_built_with_the_defaults_of_its_class(name: str) -> None:
+    world, values = World(0), components.spec("strategy", name)
+    components.bind(values, "strategy", (), (), {}, seed=0)(world.space, world.budgets, world.costs, seed=0)
+    signature = inspect.signature(components.locate(values["_target_"], "strategy")).parameters
+    for key, value in values.items():
+        if key != "_target_":
+            assert signature[key].default == value, f"{name}.{key}"
+
+
+@pytest.mark.parametrize("name", components.names("task"))
+def test_every_task_yaml_has_the_defaults_of_its_function(name: str) -> None:
+    values = components.spec("task", name)
+    signature = inspect.signature(components.locate(values["_target_"], "task")).parameters
+    for key, value in values.items():
+        if key != "_target_" and value != "???":
+            assert signature[key].default == value, f"{name}.{key}"
+
+
+def test_value_types_have_the_defaults_of_their_yaml() -> None:
+    evaluator = read(components.CONF / "evaluator" / "default.yaml")
+    scoring = Scoring()
+    assert (evaluator["images"], evaluator["recalibration"]) == (scoring.images, scoring.recalibration)
+    assert FineTune(**evaluator["short"]) == scoring.short
+    assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FineTune(epochs=4)
+    assert read(components.CONF / "search.yaml")["space"] == dataclasses.asdict(Space())
+
+
+@pytest.mark.parametrize("command", ["search", "finetune"])
+def test_every_command_composes(command: str) -> None:
+    words = ["ratios=x.yaml"] if command == "finetune" else []
+    assert cli._compose(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")
