@@ -1,0 +1,34 @@
+"""Every criterion YAML under the published contract, and the contract under its own fakes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autoprune import components
+from autoprune.testing import CriterionContract, by_position, moves_weights, nan_for_dead_units
+
+
+def contract(name: str) -> type[CriterionContract]:
+    function = components.locate(components.spec("criterion", name)["_target_"], "criterion")
+    members = {"make": lambda self: function, "equivariant": name != "random"}
+    return type(f"Test{name.title()}", (CriterionContract,), members)
+
+
+for _name in components.names("criterion"):
+    globals()[f"Test{_name.title()}"] = contract(_name)
+
+
+@pytest.mark.parametrize(
+    ("fake", "rule"),
+    [
+        (nan_for_dead_units, "test_dead_units_are_finite_too"),
+        (by_position, "test_scores_follow_their_units"),
+        (moves_weights, "test_same_twice_and_nothing_touched"),
+    ],
+)
+def test_the_contract_rejects_its_fakes(fake: Any, rule: str) -> None:
+    broken = type("Broken", (CriterionContract,), {"make": lambda self: fake})()
+    with pytest.raises(AssertionError):
+        getattr(broken, rule)()

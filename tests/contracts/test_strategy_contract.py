@@ -1,0 +1,76 @@
+"""Every strategy YAML under the published contract, and the contract under its own fakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from autoprune import components
+from autoprune.testing import (
+    AsksOutside,
+    DrawsGlobally,
+    NoBetterThanUniform,
+    StrategyContract,
+    TakesFailuresForFree,
+    TrustsPredictions,
+    World,
+)
+
+BASELINES = {"uniform"}
+
+
+def contract(name: str) -> type[StrategyContract]:
+    build = components.bind(components.spec("strategy", name), "strategy", (), (), {}, seed=0)
+
+    def make(self: Any, space: Any, budgets: Any, costs: Any, *, seed: int) -> Any:
+        return build(space, budgets, costs, seed=seed)
+
+    return type(f"Test{name.title()}", (StrategyContract,), {"make": make, "baseline": name in BASELINES})
+
+
+for _name in components.names("strategy"):
+    globals()[f"Test{_name.title()}"] = contract(_name)
+
+
+@pytest.mark.parametrize(
+    ("fake", "rule"),
+    [
+        (AsksOutside, "test_candidates_lie_in_the_space"),
+        (DrawsGlobally, "test_same_seed_same_conversation"),
+        (DrawsGlobally, "test_replay_from_any_cut_gives_the_same_future"),
+        (DrawsGlobally, "test_global_random_state_is_untouched"),
+        (TrustsPredictions, "test_the_budget_is_reached"),
+        (TrustsPredictions, "test_an_unreachable_budget_ends_with_the_closest"),
+        (NoBetterThanUniform, "test_beats_uniform_on_nine_of_ten_seeds"),
+        (TakesFailuresForFree, "test_failed_regions_are_left"),
+    ],
+)
+def test_the_contract_rejects_its_fakes(fake: Any, rule: str) -> None:
+    def make(self: Any, space: Any, budgets: Any, costs: Any, *, seed: int) -> Any:
+        return fake(space, budgets, costs, seed=seed)
+
+    broken = type("Broken", (StrategyContract,), {"make": make})()
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
+        getattr(broken, rule)()
+
+
+@pytest.mark.parametrize("name", components.names("strategy"))
+def test_the_same_conversation_in_another_process(name: str) -> None:
+    program = f"""
+import json
+from autoprune import components
+from autoprune.testing import World
+world = World(11)
+build = components.bind(components.spec("strategy", {name!r}), "strategy", (), (), {{}}, seed=3)
+trials = world.play(build(world.space, world.budgets, world.costs, seed=3))
+print(json.dumps([t.candidate.ratios for t in trials]))
+"""
+    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    build = components.bind(components.spec("strategy", name), "strategy", (), (), {}, seed=3)
+    world = World(11)
+    here = world.play(build(world.space, world.budgets, world.costs, seed=3))
+    assert json.loads(there.stdout) == [list(t.candidate.ratios) for t in here]
