@@ -32,8 +32,10 @@ def test_every_command_is_accepted(command: str) -> None:
 
 
 def test_python_blocks_are_python() -> None:
-    for block in re.findall(r"```python\n(.*?)```", README, re.S):
-        ast.parse(block)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 2
+    for block in blocks:
+        assert ast.parse(block).body
 
 
 def test_the_two_commands_are_marked_for_ci() -> None:
