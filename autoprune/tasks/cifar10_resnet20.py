@@ -7,13 +7,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from autoprune.core import InputError, Task
-from autoprune.tasks.images import ImageBatches
-from autoprune.tasks.resnet import ResNet
-from autoprune.tasks.shipped import Images, check_arrays, check_held_out, load_weights, provenance
+from autoprune.tasks.shipped import Images, check_arrays, provenance, resnet20_task
 
 NAME = "cifar10_resnet20"
 RECORD = 3073  # one label byte, then 3 x 32 x 32 bytes
@@ -35,25 +31,8 @@ def make_task(*, data: str, checkpoint: str | None = None, batch: int = 1, batch
     if len(arrays["y_train"]) != 50_000:
         raise InputError(f"task.data={data} holds {len(arrays['y_train'])} training images, the official set has 50000")
     search = np.array(record["search_indices"])
-    check_held_out(arrays["x_train"][search], record, data)
-    train = np.setdiff1d(np.arange(50_000), search)
-
-    model = ResNet(depth=20, channels=3)
-    load_weights(model, NAME, checkpoint)
-    like = {"mean": record["recipe"]["mean"], "std": record["recipe"]["std"]}
-    x, y = arrays["x_train"], arrays["y_train"]
-    held = ImageBatches(x[search], y[search], batch_size=500, **like)
-    return Task(
-        name=NAME,
-        model=model.eval(),
-        inputs=(held.normalised(held.images[:batch]),),
-        train=ImageBatches(x[train], y[train], batch_size=batch_size, shift=record["recipe"]["shift"], **like),
-        search=held,
-        test=ImageBatches(arrays["x_test"], arrays["y_test"], batch_size=500, **like),
-        loss=F.cross_entropy,
-        metric=MulticlassAccuracy(10, average="micro"),
-        lr=record["recipe"]["max_lr"],
-        notes=(f"data: {data}",),
+    return resnet20_task(
+        NAME, arrays, search, source=str(data), checkpoint=checkpoint, batch=batch, batch_size=batch_size
     )
 
 

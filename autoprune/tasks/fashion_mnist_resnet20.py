@@ -9,13 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.nn import functional as F
-from torchmetrics.classification import MulticlassAccuracy
 
 from autoprune.core import InputError, Task
-from autoprune.tasks.images import ImageBatches
-from autoprune.tasks.resnet import ResNet
-from autoprune.tasks.shipped import DATA, Images, check_arrays, check_held_out, load_weights, provenance
+from autoprune.tasks.shipped import DATA, Images, check_arrays, provenance, resnet20_task
 
 NAME = "fashion_mnist_resnet20"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -42,25 +38,8 @@ def make_task(*, data: str | None = None, checkpoint: str | None = None, batch: 
     if not all(i in position for i in record["search_indices"]):
         raise InputError(f"task.data={source} holds {len(position)} training images, the official set has 60000")
     search = np.array([position[i] for i in record["search_indices"]])
-    check_held_out(arrays["x_train"][search], record, source)
-    train = np.setdiff1d(np.arange(len(position)), search)
-
-    model = ResNet(depth=20, channels=1)
-    load_weights(model, NAME, checkpoint)
-    like = {"mean": record["recipe"]["mean"], "std": record["recipe"]["std"]}
-    x, y = arrays["x_train"], arrays["y_train"]
-    held = ImageBatches(x[search], y[search], batch_size=500, **like)
-    return Task(
-        name=NAME,
-        model=model.eval(),
-        inputs=(held.normalised(held.images[:batch]),),
-        train=ImageBatches(x[train], y[train], batch_size=batch_size, shift=record["recipe"]["shift"], **like),
-        search=held,
-        test=ImageBatches(arrays["x_test"], arrays["y_test"], batch_size=500, **like),
-        loss=F.cross_entropy,
-        metric=MulticlassAccuracy(10, average="micro"),
-        lr=record["recipe"]["max_lr"],
-        notes=(f"data: {source}, {len(train)} training, {len(search)} search and {len(arrays['y_test'])} test images",),
+    return resnet20_task(
+        NAME, arrays, search, source=str(source), checkpoint=checkpoint, batch=batch, batch_size=batch_size
     )
 
 

@@ -11,8 +11,12 @@ import numpy as np
 import safetensors.torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassAccuracy
 
-from autoprune.core import InputError
+from autoprune.core import InputError, Task
+from autoprune.tasks.images import ImageBatches
+from autoprune.tasks.resnet import ResNet
 
 DATA = Path(__file__).parent / "data"
 Images = NDArray[np.uint8]
@@ -21,6 +25,39 @@ Images = NDArray[np.uint8]
 def provenance(name: str) -> dict[str, Any]:
     """How the checkpoint was made: recipe, log, result, versions, and the search split's indices and hash."""
     return dict(json.loads((DATA / f"{name}.json").read_text()))
+
+
+def resnet20_task(
+    name: str,
+    arrays: dict[str, Images],
+    search: NDArray[np.integer],
+    *,
+    source: str,
+    checkpoint: str | None,
+    batch: int,
+    batch_size: int,
+) -> Task:
+    """A shipped ResNet-20 on its data (x_train y_train x_test y_test), the `search` rows of train held out."""
+    record = provenance(name)
+    check_held_out(arrays["x_train"][search], record, source)
+    x, y = arrays["x_train"], arrays["y_train"]
+    train = np.setdiff1d(np.arange(len(y)), search)
+    model = ResNet(depth=20, channels=x.shape[-1])
+    load_weights(model, name, checkpoint)
+    like = {"mean": record["recipe"]["mean"], "std": record["recipe"]["std"]}
+    held = ImageBatches(x[search], y[search], batch_size=500, **like)
+    return Task(
+        name=name,
+        model=model.eval(),
+        inputs=(held.normalised(held.images[:batch]),),
+        train=ImageBatches(x[train], y[train], batch_size=batch_size, shift=record["recipe"]["shift"], **like),
+        search=held,
+        test=ImageBatches(arrays["x_test"], arrays["y_test"], batch_size=500, **like),
+        loss=F.cross_entropy,
+        metric=MulticlassAccuracy(10, average="micro"),
+        lr=record["recipe"]["max_lr"],
+        notes=(f"data: {source}, {len(train)} training, {len(search)} search and {len(arrays['y_test'])} test images",),
+    )
 
 
 def load_weights(model: nn.Module, name: str, checkpoint: str | None) -> None:
