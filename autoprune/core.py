@@ -126,13 +126,17 @@ class Slice:
     positions: NDArray[np.int64]
 
 
+# how wide a dimension is by the units kept: width[0] + sum of width[1][g] x kept[g]
+Width = tuple[float, Mapping[int, float]]
+
+
 @dataclass(frozen=True)
 class Term:
-    """scale x (left[0] + sum of left[1][g] x kept[g]) x (right[0] + sum of right[1][g] x kept[g])."""
+    """scale x the width of left x the width of right."""
 
     scale: float
-    left: tuple[float, Mapping[int, float]]
-    right: tuple[float, Mapping[int, float]]
+    left: Width
+    right: Width
 
 
 # ------------------------------------------------------------------------------------------------ what is asked, told
@@ -161,7 +165,10 @@ def check_recovery(recovery: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A cost with its unit and 95 % interval; `kind` says whether it was counted, predicted, measured or modelled."""
+    """A cost with its unit and 95 % interval; `kind` says whether it was counted, predicted, measured or modelled.
+
+    decided: False where a measurement was disturbed: the truth lies in the interval, but the value says nothing.
+    """
 
     value: float
     unit: str
@@ -171,6 +178,7 @@ class Measurement:
     device: str = ""
     kind: Kind = "counted"
     notes: tuple[str, ...] = ()
+    decided: bool = True
 
     @staticmethod
     def exact(value: float, unit: str, kind: Kind, notes: tuple[str, ...] = ()) -> Measurement:
@@ -183,7 +191,9 @@ class Trial:
 
     score is the task's metric on the search split, higher is better; loss the task's loss on the same images, lower
     is better. The intervals (95 %) are of the images drawn; `loss_change` is the paired difference from the dense
-    model on the same images, much narrower than either loss. feasible: None while a budgeted cost is only predicted.
+    model on the same images, much narrower than either loss. costs: as predicted, or counted and measured where the
+    candidate asked for it; `predicted` then holds what had been expected. feasible: None while a budgeted cost is only
+    predicted or its measurement was disturbed.
     """
 
     number: int
@@ -194,6 +204,7 @@ class Trial:
     loss: float = math.nan
     loss_change: Measurement | None = None
     costs: Mapping[str, Measurement] = field(default_factory=dict)
+    predicted: Mapping[str, float] = field(default_factory=dict)
     feasible: bool | None = None
     seconds: float = 0.0
     seconds_in_forward: float = 0.0
@@ -295,8 +306,11 @@ class Budget:
         return self.limit - cost.high
 
     def met(self, cost: Measurement) -> bool | None:
-        """True or False once counted, measured or modelled; None for a prediction, which decides nothing."""
-        return None if cost.kind == "predicted" else self.slack(cost) >= 0
+        """True or False once counted, measured or modelled; None for a prediction, which decides nothing, and for a
+        disturbed measurement whose interval holds the limit."""
+        if cost.kind == "predicted" or (not cost.decided and cost.low <= self.limit < cost.high):
+            return None
+        return self.slack(cost) >= 0
 
 
 @dataclass(frozen=True)
@@ -306,6 +320,12 @@ class CostForm:
     constant: float
     unary: tuple[Floats, ...]
     pairs: Mapping[tuple[int, int], Floats]
+
+
+def width_of(width: Width, kept: Sequence[int]) -> float:
+    """A width with these units kept of each group."""
+    fixed, of = width
+    return fixed + sum(each * kept[g] for g, each in of.items())
 
 
 class CostModel(Protocol):
@@ -346,6 +366,26 @@ class Strategy(Protocol):
     def tell(self, trials: Sequence[Trial]) -> None:
         """The trials of the last batch, in its order."""
         ...
+
+
+class Progress(Protocol):
+    """Who watches a search: a stage begins with so many steps (None: unknown), steps are made, something is said."""
+
+    def stage(self, name: str, steps: int | None) -> None: ...
+
+    def step(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
+
+
+class Silent:
+    """Nobody watches."""
+
+    def stage(self, name: str, steps: int | None) -> None: ...
+
+    def step(self) -> None: ...
+
+    def say(self, line: str) -> None: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- the task

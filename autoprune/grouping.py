@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.core import Group, Layer, PruningSpace, Refusal, Slice, Term
+from autoprune.core import Group, Layer, PruningSpace, Refusal, Slice, Term, Width
 from autoprune.recording import Recording
-from autoprune.traced import TracedModel, fingerprint, owner, tensors_of
+from autoprune.traced import TracedModel, fingerprint, owner, tensors_of, widths
 from autoprune.units import Labels
 
-ONE: tuple[float, Mapping[int, float]] = (1.0, {})
+ONE: Width = (1.0, {})
 
 
 def gather(model: nn.Module, recording: Recording, examples: int, refused: Mapping[str, str]) -> TracedModel:
@@ -90,15 +90,10 @@ def _with_costs(
 ) -> TracedModel:
     """Fill in the layers of each group and the terms that give MACs, parameters and peak activations by width."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
-    shares: dict[str, dict[int, tuple[float, dict[int, float]]]] = defaultdict(dict)
-    for g, pieces in enumerate(traced.slices):
-        for piece in pieces:
-            fixed, of = shares[piece.tensor].get(piece.dim, (float(shapes[piece.tensor][piece.dim]), {}))
-            of = {**of, g: float(piece.positions.shape[1])}
-            shares[piece.tensor][piece.dim] = (fixed - piece.positions.size, of)
+    shares = widths(traced.slices, shapes)
 
     def elements(tensor: str, scale: float) -> Term:
-        cut_dims = sorted(shares[tensor])[:2]
+        cut_dims = sorted(shares.get(tensor, {}))[:2]
         rest = math.prod(n for d, n in enumerate(shapes[tensor]) if d not in cut_dims)
         sides = ([shares[tensor][d] for d in cut_dims] + [ONE, ONE])[:2]
         return Term(scale * rest, *sides)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from autoprune.core import PruningSpace, Slice, Term
+from autoprune.core import PruningSpace, Slice, Term, Width
 from autoprune.units import Labels
 
 
@@ -72,6 +72,18 @@ class TracedModel:
         self._set_sizes(smaller, [len(units) for units in kept])
         return smaller
 
+    def weight_widths(self, model: nn.Module) -> dict[str, tuple[Width, Width]]:
+        """Parameter -> the widths of its first two dimensions by the units kept; (1.0, {}) for one it lacks."""
+        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        cut = widths(self.slices, {name: tuple(t.shape) for name, t in tensors_of(model)})
+
+        def width(name: str, dim: int) -> Width:
+            if dim >= len(shapes[name]):
+                return 1.0, {}
+            return cut.get(name, {}).get(dim, (float(shapes[name][dim]), {}))
+
+        return {name: (width(name, 0), width(name, 1)) for name in shapes}
+
     def _set_sizes(self, model: nn.Module, kept: Sequence[int]) -> None:
         for name, module in model.named_modules():
             weight = getattr(module, "weight", None)
@@ -89,6 +101,17 @@ class TracedModel:
                 module.num_parameters = len(module.weight)
         for link in self.attributes:
             setattr(model.get_submodule(link.module), link.attribute, link.per_unit * kept[link.group])
+
+
+def widths(slices: Sequence[Sequence[Slice]], shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Width]]:
+    """Tensor -> dimension -> how wide it is by the units kept, for every dimension that some group cuts."""
+    found: dict[str, dict[int, Width]] = defaultdict(dict)
+    for g, pieces in enumerate(slices):
+        for piece in pieces:
+            fixed, of = found[piece.tensor].get(piece.dim, (float(shapes[piece.tensor][piece.dim]), {}))
+            each = float(piece.positions.shape[1])
+            found[piece.tensor][piece.dim] = (fixed - piece.positions.size, {**of, g: each})
+    return found
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:

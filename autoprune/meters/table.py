@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autoprune.core import CostForm, PruningSpace, Term, Trial
+from autoprune.core import CostForm, PruningSpace, Term, Trial, width_of
 
 if TYPE_CHECKING:
     from autoprune.core import Floats
@@ -81,7 +81,4 @@ class CountedCost:
 
 
 def _term(term: Term, kept: Sequence[int]) -> float:
-    (left, lefts), (right, rights) = term.left, term.right
-    a = left + sum(of * kept[g] for g, of in lefts.items())
-    b = right + sum(of * kept[g] for g, of in rights.items())
-    return term.scale * a * b
+    return term.scale * width_of(term.left, kept) * width_of(term.right, kept)
