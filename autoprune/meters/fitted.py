@@ -1,0 +1,242 @@
+"""A measured cost predicted from widths: every layer's own function of its input and output width, fitted to what the
+layers took inside whole networks on the device.
+
+Kernels work on blocks of channels, so a cost is a stair with slopes between: a layer's cost is a non-negative
+combination of products phi_i(out) x phi_j(in), where phi holds 1, the width, the width rounded up to 8, 16 and 32, and
+whether (and how much) it is no multiple of 8 or 16, as unaligned widths may take slower kernels. Layers of one kind and
+shape share their coefficients (non-negative least squares on relative errors; Lawson & Hanson 1974). What the network
+takes beyond its layers (activations, additions) is a constant and a slope for each group, fitted to whole networks.
+
+Letters: G groups, L levels of one group, F features, S samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.optimize import nnls
+
+from autoprune.core import CostForm, Group, PruningSpace, Trial, Width, width_of
+
+if TYPE_CHECKING:
+    from autoprune.core import Floats
+
+BLOCKS = (8, 16, 32)
+NOTICEABLE = 0.03  # of a group's range: a narrower width that gains less is no step
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One network measured: units kept of each group, its milliseconds, and those of each layer."""
+
+    kept: tuple[int, ...]
+    total: float
+    layers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer: its output and input width by the units kept, its dense widths, its coefficients [F, F]."""
+
+    name: str
+    sides: tuple[Width, Width]
+    dense: tuple[float, float]
+    coefficients: Floats = field(repr=False)
+
+    def at(self, out: float, into: float) -> float:
+        return float(features(out, self.dense[0]) @ self.coefficients @ features(into, self.dense[1]))
+
+    def of(self, kept: Sequence[int]) -> float:
+        return self.at(*(width_of(side, kept) for side in self.sides))
+
+
+def features(width: float, dense: float) -> Floats:
+    """phi of a width [F]; F depends on the dense width alone."""
+    found = [1.0, width]
+    for block in BLOCKS:
+        if block <= dense:
+            found.append(block * math.ceil(width / block))
+    for block in BLOCKS[:2]:
+        if block <= dense:
+            ragged = float(width % block != 0)
+            found += [ragged, ragged * width]
+    return np.array(found)
+
+
+@dataclass(frozen=True)
+class FittedCost:
+    """A cost model (autoprune.core.CostModel) that was fitted to measurements.
+
+    layers: what each layer costs; base: a constant and a slope for each group [1 + G]. around: the units kept where
+    layers that depend on more than two groups are linearised. scale: what calibration multiplies everything by.
+    """
+
+    name: str
+    unit: str
+    space: PruningSpace
+    layers: tuple[LayerCost, ...]
+    base: tuple[float, ...]
+    around: tuple[int, ...]
+    scale: float = 1.0
+
+    def predict(self, ratios: Sequence[float]) -> float:
+        return self.at_widths(self.space.kept(ratios))
+
+    def at_widths(self, kept: Sequence[int]) -> float:
+        """The cost with these units kept of each group."""
+        fixed = self.base[0] + float(np.dot(self.base[1:], kept))
+        return self.scale * (fixed + sum(layer.of(kept) for layer in self.layers))
+
+    def anchored(self, dense: float) -> FittedCost:
+        """The same model scaled so that the dense prediction is `dense`."""
+        return replace(self, scale=self.scale * dense / self.at_widths([g.size for g in self.space.groups]))
+
+    def calibrated(self, trials: Sequence[Trial]) -> FittedCost:
+        """Scaled so that the upper end of the last measurement among these trials is predicted, and linear there."""
+        for trial in reversed(trials):
+            known = trial.costs.get(self.name)
+            if known is not None and known.kind != "predicted" and known.decided:
+                kept = self.space.kept(trial.candidate.ratios)
+                return replace(self, scale=self.scale * known.high / self.at_widths(kept), around=kept)
+        return self
+
+    def tables(self) -> tuple[CostForm, ...]:
+        widths = [[g.kept(r) for r in g.levels] for g in self.space.groups]
+        constant = self.scale * self.base[0]
+        unary = [
+            self.scale * slope * np.array(w, dtype=np.float64) for slope, w in zip(self.base[1:], widths, strict=True)
+        ]
+        pairs: dict[tuple[int, int], Floats] = {}
+        for layer in self.layers:
+            for groups, times in _parts(layer):
+                grid = self.scale * times * self._grid(layer, groups, widths)
+                if len(groups) == 0:
+                    constant += float(grid)
+                elif len(groups) == 1:
+                    unary[groups[0]] = unary[groups[0]] + grid
+                else:
+                    pairs[groups[0], groups[1]] = pairs.get((groups[0], groups[1]), 0.0) + grid
+        return (CostForm(constant, tuple(unary), pairs),)
+
+    def _grid(self, layer: LayerCost, groups: Sequence[int], widths: Sequence[Sequence[int]]) -> Floats:
+        """What a layer costs at every combination of these groups' levels, the other groups being where the model is
+        linearised; one dimension a group."""
+        grid = np.empty([len(widths[g]) for g in groups])
+        kept = list(self.around)
+        for index in np.ndindex(grid.shape):
+            for g, i in zip(groups, index, strict=True):
+                kept[g] = widths[g][i]
+            grid[index] = layer.of(kept)
+        return grid
+
+
+def _parts(layer: LayerCost) -> list[tuple[tuple[int, ...], float]]:
+    """A layer's cost as a sum of tables over at most two groups, (ascending groups, times), the others being held.
+
+    Exact up to two groups. A concatenation on one side takes each of its groups with the group on the other side and
+    subtracts what is counted again and again; with several groups on both sides each is taken alone.
+    """
+    out, into = (set(side[1]) for side in layer.sides)
+    everyone = out | into
+    if len(everyone) <= 2:
+        return [(tuple(sorted(everyone)), 1.0)]
+    few, many = sorted((out, into), key=len)
+    if len(few) > 1:
+        few, many = set(), everyone
+    many = many - few
+    return [*((tuple(sorted({g, *few})), 1.0) for g in sorted(many)), (tuple(few), 1.0 - len(many))]
+
+
+def fit(
+    samples: Sequence[Sample],
+    sides: Mapping[str, tuple[Width, Width]],
+    kinds: Mapping[str, str],
+    space: PruningSpace,
+    *,
+    name: str,
+    unit: str,
+) -> FittedCost:
+    """Fit layers and base to samples [S], of which one is the dense network.
+
+    sides: layer -> its output and input width; kinds: layer -> what it is; layers of one kind share coefficients.
+    """
+    dense = [g.size for g in space.groups]
+    alike: dict[tuple[str, tuple[float, ...]], list[str]] = defaultdict(list)
+    for layer, kind in kinds.items():
+        alike[kind, tuple(width_of(side, dense) for side in sides[layer])].append(layer)
+    layers = []
+    for (_, full), names in alike.items():
+        rows = [(sample, layer) for sample in samples for layer in names if layer in sample.layers]
+        design = np.array([_products(sides[layer], full, sample.kept) for sample, layer in rows])
+        coefficients = _relative_nnls(design, np.array([sample.layers[layer] for sample, layer in rows]))
+        shape = tuple(len(features(w, w)) for w in full)
+        layers += [LayerCost(n, sides[n], (full[0], full[1]), coefficients.reshape(shape)) for n in names]
+    plain = FittedCost(name, unit, space, tuple(layers), (0.0,) * (len(dense) + 1), tuple(dense))
+    totals = np.array([sample.total for sample in samples])
+    beyond = totals - np.array([plain.at_widths(sample.kept) for sample in samples])
+    design = np.array([(1.0, *sample.kept) for sample in samples])
+    return replace(plain, base=tuple(_relative_nnls(design, beyond, totals).tolist()))
+
+
+def _products(sides: tuple[Width, Width], full: Sequence[float], kept: Sequence[int]) -> Floats:
+    out, into = (features(width_of(side, kept), dense) for side, dense in zip(sides, full, strict=True))
+    return np.outer(out, into).ravel()
+
+
+def _relative_nnls(design: Floats, target: Floats, size: Floats | None = None) -> Floats:
+    """Non-negative least squares of the errors relative to `size` (the target itself by default)."""
+    weights = 1.0 / np.maximum(size if size is not None else target, 1e-9)
+    scale = np.abs(design).max(axis=0)
+    scale[scale == 0] = 1.0
+    found, _ = nnls(design / scale * weights[:, None], target * weights)
+    return np.asarray(found / scale)
+
+
+def stair_levels(cost: FittedCost, space: PruningSpace, most: int, round_to: int = 1) -> dict[str, tuple[float, ...]]:
+    """Levels for each group that the cost makes worth having: a width is one if every wider width costs clearly more,
+    in the dense network or in one of half its widths. Where more than `most` are, those whose costs are evenly spread.
+
+    A group that the cost does not depend on keeps its levels.
+    """
+    contexts = [[g.size for g in space.groups], [max(1, g.size // 2) for g in space.groups]]
+    found = {}
+    for i, group in enumerate(space.groups):
+        worth: dict[int, float] = {}
+        for context in contexts:
+            worth |= _steps(cost, context, i, group, round_to)
+        if len(worth) > 1:
+            found[group.name] = tuple((group.size - w) / group.size for w in _spread(worth, most))
+    return found
+
+
+def _steps(cost: FittedCost, context: Sequence[int], index: int, group: Group, round_to: int) -> dict[int, float]:
+    """Width -> cost relative to the full width's, for the widths where the stair goes down."""
+    kept = list(context)
+    floor, step = group.kept(group.levels[-1]), round_to if group.size >= 2 * round_to else 1
+    stairs: dict[int, float] = {}
+    for kept[index] in range(group.size, floor - 1, -1):
+        if kept[index] in (group.size, floor) or kept[index] % step == 0:
+            stairs[kept[index]] = cost.at_widths(kept)
+    top = stairs[group.size]
+    least = NOTICEABLE * (top - min(stairs.values()))
+    worth, lowest = {group.size: 1.0}, top
+    for width, value in stairs.items():
+        if value < lowest - least:
+            worth[width], lowest = value / top, value
+    return worth
+
+
+def _spread(worth: Mapping[int, float], most: int) -> list[int]:
+    """At most so many of the widths, descending, the full one first, costs evenly spread."""
+    widths = sorted(worth, reverse=True)
+    if len(widths) <= most:
+        return widths
+    costs = np.array([worth[w] for w in widths])
+    wanted = np.linspace(costs[0], costs[-1], most)
+    nearest = {int(np.abs(costs - target).argmin()) for target in wanted}
+    return [widths[i] for i in sorted(nearest | {0, len(widths) - 1})]

@@ -1,0 +1,258 @@
+"""The cost table of a device: whole networks of many widths measured once, and the cost model fitted to them.
+
+Networks are measured in one warm process, each interleaved with the same reference network: the machine's slow and fast
+spells cancel in the ratio. The dense network is measured like a verdict, in fresh processes; it anchors the table.
+Half of the widths are drawn at multiples of 8 or 16, where stairs have their edges. Networks that were not fitted tell
+how wrong the table is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from autoprune.core import InputError, Measurement, PruningSpace, Width
+from autoprune.meters.device import Device, MeasuringError, WarmWorker, packed, settings, warm
+from autoprune.meters.fitted import FittedCost, Sample, fit
+from autoprune.meters.latency import Latency
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from autoprune.core import Floats
+
+SCHEMA = 1
+LOG = logging.getLogger("autoprune")
+Cut = Callable[[Sequence[int]], "nn.Module"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How many networks make a table: `networks` are fitted, `held_out` tell its error."""
+
+    networks: int = 48
+    held_out: int = 20
+
+    def __post_init__(self) -> None:
+        if self.networks < 8 or self.held_out < 1:
+            raise InputError(
+                f"profile: networks must be >= 8 and held_out >= 1, got {self.networks} and {self.held_out}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """What was measured on a device, and for what: enough to fit the same cost model again, anywhere.
+
+    dense: the dense network's verdict. samples: fitted ones first, the last `held_out` only tell the error. sides and
+    kinds: what each timed layer's cost depends on. facts: the device and the versions.
+    """
+
+    dense: Measurement
+    samples: tuple[Sample, ...]
+    held_out: int
+    sides: Mapping[str, tuple[Width, Width]]
+    kinds: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything in it."""
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def cost(self, space: PruningSpace) -> FittedCost:
+        """The cost model, anchored at the dense network's verdict."""
+        return self._fitted(space).anchored(self.dense.value)
+
+    def held_out_pairs(self, space: PruningSpace) -> list[tuple[float, float]]:
+        """(predicted, measured) in ms of the networks that were not fitted."""
+        fitted = self._fitted(space)
+        return [(fitted.at_widths(s.kept), s.total) for s in self.samples[-self.held_out :]]
+
+    def errors(self, space: PruningSpace) -> Floats:
+        """|predicted / measured - 1| of the networks that were not fitted."""
+        return np.array([abs(p / m - 1) for p, m in self.held_out_pairs(space)])
+
+    def _fitted(self, space: PruningSpace) -> FittedCost:
+        fitted = self.samples[: len(self.samples) - self.held_out]
+        return fit(fitted, self.sides, self.kinds, space, name="latency_ms", unit="ms")
+
+    def to_json(self) -> dict[str, Any]:
+        sides = {n: [[fixed, list(map(list, of.items()))] for fixed, of in pair] for n, pair in self.sides.items()}
+        return {
+            "schema": SCHEMA,
+            "facts": dict(self.facts),
+            "dense": asdict(self.dense),
+            "held_out": self.held_out,
+            "kinds": dict(self.kinds),
+            "sides": sides,
+            "samples": [asdict(s) for s in self.samples],
+        }
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> CostTable:
+        """Raises KeyError, TypeError or ValueError where the values are no cost table."""
+        if values["schema"] != SCHEMA:
+            raise ValueError(f"schema {values['schema']}, this version reads {SCHEMA}")
+
+        def width(side: Sequence[Any]) -> Width:
+            return float(side[0]), {int(g): float(each) for g, each in side[1]}
+
+        return CostTable(
+            dense=Measurement(**{**values["dense"], "notes": tuple(values["dense"]["notes"])}),
+            samples=tuple(Sample(tuple(s["kept"]), s["total"], s["layers"]) for s in values["samples"]),
+            held_out=int(values["held_out"]),
+            sides={n: (width(a), width(b)) for n, (a, b) in values["sides"].items()},
+            kinds=dict(values["kinds"]),
+            facts=dict(values["facts"]),
+        )
+
+
+def key(device: Device, architecture: str, inputs: Sequence[Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table is for: device, runtime, threads, versions, model and the shape of its inputs."""
+    shapes = [[list(x.shape), str(x.dtype)] for x in inputs]
+    return {"schema": SCHEMA, **settings(device), **facts, "architecture": architecture, "inputs": shapes}
+
+
+def path_of(folder: Path, facts: Mapping[str, Any]) -> Path:
+    """Where the table for these facts is kept."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"{digest}.json"
+
+
+def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
+    """The table for these facts; None if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    path = path_of(folder, facts)
+    if not path.exists():
+        return None
+    try:
+        return CostTable.from_json(json.loads(path.read_text()))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(
+            f"the cost table {path} is damaged ({type(error).__name__}: {error}): delete it, or measure it again with "
+            "python -m autoprune profile"
+        ) from error
+
+
+def save(folder: Path, table: CostTable) -> Path:
+    """Write a table, whole or not at all.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    path = path_of(folder, table.facts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(table.to_json()))
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"profile.folder={folder} cannot be written: {error.strerror}") from error
+    return path
+
+
+def build(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    space: PruningSpace,
+    *,
+    cut: Cut,
+    weights: Mapping[str, tuple[Width, Width]],
+    facts: Mapping[str, Any],
+    meter: Latency,
+    plan: Profile = Profile(),
+    seed: int = 0,
+    on_step: Callable[[], None] = lambda: None,
+) -> CostTable:
+    """Measure a device.
+
+    cut: units kept of each group -> the smaller network. weights: parameter -> widths of its first two dimensions.
+    facts: what the table is for, see key().
+
+    Raises:
+        MeasuringError: more than half of the networks could not be measured.
+    """
+    dense = meter.measure(model, inputs)
+    sizes = [g.size for g in space.groups]
+    kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
+    samples: list[Sample | None] = []
+    kinds: dict[str, str] = {}
+    with warm(meter.device) as worker:
+        reference = packed(cut([max(1, n // 2) for n in sizes]), inputs)
+        spells: list[float] = []
+        for i, widths in enumerate(kept):
+            try:
+                answer = _measured(worker, [packed(cut(widths), inputs), reference], meter.device, seed + i)
+            except MeasuringError as error:
+                LOG.warning("a network of the cost table could not be measured and is left out: %s", error)
+                samples.append(None)
+                continue
+            own, other = (float(np.median(row["wall_ms"])) for row in answer["rows"])
+            layers = answer["layers"][0]
+            spells.append(other)
+            samples.append(
+                Sample(tuple(widths), own / other, {name: row["ms"] / other for name, row in layers.items()})
+            )
+            kinds = kinds or {name: f"{row['what']} on {row['input']}" for name, row in layers.items()}
+            on_step()
+    fitted, tested = ([s for s in part if s] for part in (samples[: plan.networks], samples[plan.networks :]))
+    if samples[0] is None or len(fitted) < plan.networks / 2 or not tested:
+        raise MeasuringError("too few networks could be measured for a cost table; the log says why")
+    typical = float(np.median(spells))
+    return CostTable(
+        dense=dense,
+        samples=tuple(_scaled(sample, typical) for sample in (*fitted, *tested)),
+        held_out=len(tested),
+        sides={name: _sides(name, weights) for name in kinds},
+        kinds=kinds,
+        facts=facts,
+    )
+
+
+def _measured(worker: WarmWorker, blobs: Sequence[bytes], device: Device, seed: int) -> dict[str, Any]:
+    plan = {**device.plan(seed), "samples": 10, "seconds": 0.3, "block": 2, "settle": False}
+    return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layer_passes": 4})
+
+
+def _scaled(sample: Sample, by: float) -> Sample:
+    layers = {name: ms * by for name, ms in sample.layers.items()}
+    return dataclasses.replace(sample, total=sample.total * by, layers=layers)
+
+
+def _sides(layer: str, weights: Mapping[str, tuple[Width, Width]]) -> tuple[Width, Width]:
+    """The widths of a layer's largest parameter: its weight."""
+    own = {name: pair for name, pair in weights.items() if name.rpartition(".")[0] == layer}
+    return own.get(f"{layer}.weight" if layer else "weight") or next(iter(own.values()))
+
+
+def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:
+    """Units kept of each group for `count` networks: depths evenly spread from shallow to deep, each group drawn around
+    its network's depth, half of the widths at multiples of 8 or 16."""
+    rng = np.random.default_rng(seed)
+    depths = (rng.permutation(count) + rng.random(count)) / count
+    networks = []
+    for depth in depths:
+        kept = []
+        for group in space.groups:
+            floor = group.kept(group.levels[-1])
+            width = round(group.size - (group.size - floor) * min(1.0, rng.uniform(0, 2 * depth)))
+            block = int(rng.choice([1, 1, 8, 16]))
+            if group.size > block:
+                width = min(group.size, max(floor, math.floor(width / block + 0.5) * block))
+            kept.append(width)
+        networks.append(kept)
+    return networks

@@ -1,0 +1,124 @@
+"""The fitted cost model finds stairs, its tables agree with it, and its levels are worth having."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from autoprune.core import Candidate, Group, Measurement, PruningSpace, Trial, Width, width_of
+from autoprune.meters.fitted import FittedCost, Sample, features, fit, stair_levels
+from autoprune.meters.profile import _drawn
+
+SIZES = (16, 32, 64, 48)
+SPACE = PruningSpace(
+    tuple(
+        Group(name=f"g{i}", size=n, levels=tuple((n - w) / n for w in range(n, n // 8, -n // 16)))
+        for i, n in enumerate(SIZES)
+    )
+)
+# a chain, a layer that reads and makes one group, a concatenation, and concatenations on both sides
+SIDES: dict[str, tuple[Width, Width]] = {
+    "chain": ((0.0, {1: 1.0}), (0.0, {0: 1.0})),
+    "alike": ((0.0, {1: 1.0}), (0.0, {0: 1.0})),
+    "stream": ((0.0, {2: 1.0}), (0.0, {2: 1.0})),
+    "concat": ((0.0, {3: 1.0}), (8.0, {0: 1.0, 1: 1.0})),
+    "norm": ((0.0, {2: 1.0}), (1.0, {})),
+    "wide": ((0.0, {0: 1.0, 3: 1.0}), (0.0, {1: 1.0, 2: 1.0})),
+}
+KINDS = {name: "conv" if name in ("chain", "alike") else name for name in SIDES}
+
+
+def truth(name: str, kept: tuple[int, ...] | list[int]) -> float:
+    """Kernels on blocks of 16 outputs, slower for widths that are no multiple of 8."""
+    out, into = (width_of(side, kept) for side in SIDES[name])
+    return 0.05 + 1e-3 * 16 * math.ceil(out / 16) * into * (1.1 if into % 8 else 1.0)
+
+
+def sample(kept: list[int], noise: float = 1.0) -> Sample:
+    layers = {name: noise * truth(name, kept) for name in SIDES}
+    return Sample(tuple(kept), sum(layers.values()) + noise * (0.3 + 0.01 * kept[3]), layers)
+
+
+@pytest.fixture(scope="module")
+def cost() -> FittedCost:
+    rng = np.random.default_rng(0)
+    networks = [list(SIZES), *_drawn(SPACE, 60, 0)]
+    samples = [sample(kept, float(np.exp(rng.normal(0, 0.02)))) for kept in networks]
+    return fit(samples, SIDES, KINDS, SPACE, name="latency_ms", unit="ms")
+
+
+def test_unseen_networks_are_predicted(cost: FittedCost) -> None:
+    errors = [abs(cost.at_widths(kept) / sample(kept).total - 1) for kept in _drawn(SPACE, 100, 7)]
+    assert np.median(errors) <= 0.01
+    assert np.quantile(errors, 0.9) <= 0.03
+
+
+def test_layers_of_one_kind_share_what_was_learnt(cost: FittedCost) -> None:
+    chain, alike = (next(layer for layer in cost.layers if layer.name == name) for name in ("chain", "alike"))
+    assert np.array_equal(chain.coefficients, alike.coefficients)
+    assert all((layer.coefficients >= 0).all() for layer in cost.layers)
+
+
+def tabulated(cost: FittedCost, levels: list[int]) -> float:
+    (form,) = cost.tables()
+    total = form.constant + sum(row[i] for row, i in zip(form.unary, levels, strict=True))
+    return float(total + sum(t[levels[a], levels[b]] for (a, b), t in form.pairs.items()))
+
+
+def test_tables_equal_the_prediction_where_layers_touch_two_groups(cost: FittedCost) -> None:
+    plain = dataclasses.replace(cost, layers=tuple(x for x in cost.layers if x.name not in ("concat", "wide")))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        levels = [int(rng.integers(len(g.levels))) for g in SPACE.groups]
+        ratios = [g.levels[i] for g, i in zip(SPACE.groups, levels, strict=True)]
+        assert tabulated(plain, levels) == pytest.approx(plain.predict(ratios), rel=1e-9)
+
+
+def test_other_layers_are_exact_where_they_are_linearised(cost: FittedCost) -> None:
+    for levels in ([0, 0, 0, 0], [3, 5, 2, 7]):
+        ratios = tuple(g.levels[i] for g, i in zip(SPACE.groups, levels, strict=True))
+        here = dataclasses.replace(cost, around=SPACE.kept(ratios))
+        assert tabulated(here, levels) == pytest.approx(cost.predict(ratios), rel=1e-9)
+
+
+def measured(ratios: tuple[float, ...], value: float, *, decided: bool = True) -> Trial:
+    found = Measurement(value=value, unit="ms", low=0.9 * value, high=1.1 * value, kind="measured", decided=decided)
+    return Trial(number=0, candidate=Candidate(ratios=ratios, measure=True), costs={"latency_ms": found})
+
+
+def test_calibration_predicts_the_upper_end_of_the_last_measurement(cost: FittedCost) -> None:
+    ratios = tuple(g.levels[4] for g in SPACE.groups)
+    after = cost.calibrated([measured(SPACE.dense(), 99.0), measured(ratios, 7.0)])
+    assert after.predict(ratios) == pytest.approx(7.7)
+    assert after.around == SPACE.kept(ratios)
+    assert cost.calibrated([measured(ratios, 7.0, decided=False)]) is cost
+
+
+def test_anchoring_predicts_the_dense_network(cost: FittedCost) -> None:
+    assert cost.anchored(30.0).predict(SPACE.dense()) == pytest.approx(30.0)
+
+
+def test_levels_lie_on_the_steps(cost: FittedCost) -> None:
+    """A group that only stairs read keeps nothing but the edges; no level costs as much as a wider one."""
+    stairs = dataclasses.replace(cost, layers=tuple(x for x in cost.layers if x.name == "norm"), base=(0.0,) * 5)
+    assert [SPACE.groups[2].kept(r) for r in stair_levels(stairs, SPACE, 16)["g2"]] == [64, 48, 32, 16]
+    levels = stair_levels(cost, SPACE, 5)
+    assert all(len(rows) <= 5 and rows[0] == 0.0 for rows in levels.values())
+    SPACE.with_levels(levels)
+    assert "g0" not in stair_levels(stairs, SPACE, 16), "what costs nothing keeps its levels"
+
+
+def test_widths_kept_respect_rounding(cost: FittedCost) -> None:
+    levels = stair_levels(cost, SPACE, 16, round_to=8)
+    for group in SPACE.groups:
+        inner = [group.kept(r) for r in levels[group.name]][1:-1]
+        assert all(w % 8 == 0 for w in inner)
+
+
+def test_features_step_where_blocks_end() -> None:
+    assert np.array_equal(features(17, 32), [1, 17, 24, 32, 32, 1, 17, 1, 17])
+    assert np.array_equal(features(16, 32), [1, 16, 16, 16, 32, 0, 0, 0, 0])
+    assert np.array_equal(features(3, 3), [1, 3])

@@ -1,0 +1,147 @@
+"""The cost table: measured on real processes, kept in a file, damaged files refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from zoo import MobileNetV2
+
+from autoprune.core import InputError
+from autoprune.meters import profile
+from autoprune.meters.device import Device, MeasuringError
+from autoprune.meters.latency import Latency
+from autoprune.meters.profile import CostTable, Profile
+from autoprune.space import trace
+from autoprune.traced import TracedModel
+
+QUICK = Device(processes=2, most_processes=2, samples=6, seconds=0.2, repeats=0)
+MODEL = MobileNetV2(classes=4).eval()
+INPUTS = (torch.randn(8, 3, 16, 16),)
+
+
+@pytest.fixture(scope="module")
+def traced() -> TracedModel:
+    return trace(MODEL, INPUTS)
+
+
+@pytest.fixture(scope="module")
+def table(traced: TracedModel) -> CostTable:
+    return built(traced)
+
+
+def built(traced: TracedModel, model: nn.Module = MODEL, **change: Any) -> CostTable:
+    return profile.build(
+        model,
+        INPUTS,
+        traced.space,
+        cut=lambda kept: traced.cut(model, [np.arange(n) for n in kept]),
+        weights=traced.weight_widths(model),
+        facts={"device": "here"},
+        meter=Latency(QUICK),
+        plan=Profile(networks=12, held_out=5),
+        **change,
+    )
+
+
+def test_a_table_from_real_measurements(table: CostTable, traced: TracedModel) -> None:
+    assert len(table.samples) == 17
+    assert table.samples[0].kept == tuple(g.size for g in traced.space.groups), "the dense network comes first"
+    assert set(table.kinds) == set(table.samples[0].layers)
+    assert len(table.errors(traced.space)) == 5
+    cost = table.cost(traced.space)
+    assert cost.predict(traced.space.dense()) == pytest.approx(table.dense.value)
+    deepest = [g.levels[-1] for g in traced.space.groups]
+    assert cost.predict(deepest) < cost.predict(traced.space.dense())
+
+
+def test_every_layer_with_weights_is_timed(table: CostTable) -> None:
+    with_weights = {n for n, m in MODEL.named_modules() if not list(m.children()) and list(m.parameters())}
+    assert set(table.kinds) == with_weights
+    assert all(sum(s.layers.values()) < 2 * s.total for s in table.samples)
+
+
+def test_the_file_gives_back_the_same_table(table: CostTable, traced: TracedModel, tmp_path: Path) -> None:
+    assert profile.load(tmp_path, table.facts) is None
+    path = profile.save(tmp_path, table)
+    again = profile.load(tmp_path, table.facts)
+    assert again == table
+    assert again is not None
+    assert again.digest == table.digest
+    assert again.held_out_pairs(traced.space) == table.held_out_pairs(traced.space)
+    assert profile.load(tmp_path, {"device": "another"}) is None
+    for damage in ("{", "[]", json.dumps({"schema": 99}), json.dumps({**table.to_json(), "samples": [{}]})):
+        path.write_text(damage)
+        with pytest.raises(InputError, match=r"the cost table .* is damaged .*: delete it"):
+            profile.load(tmp_path, table.facts)
+
+
+def test_any_change_changes_the_digest(table: CostTable) -> None:
+    sample = dataclasses.replace(table.samples[0], total=table.samples[0].total * 1.0001)
+    changed = dataclasses.replace(table, samples=(sample, *table.samples[1:]))
+    assert changed.digest != table.digest
+
+
+def test_a_folder_that_cannot_be_written_is_named(table: CostTable, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"profile\.folder=.* cannot be written"):
+        profile.save(tmp_path / "file", table)
+
+
+class Narrow(nn.Module):
+    """Runs in its measuring process only as long as it is wide: a network that fails on the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first.out_channels < 12:
+            raise RuntimeError("too narrow for this device")
+        out: torch.Tensor = self.second(self.first(x).relu())
+        return out
+
+
+def test_networks_that_fail_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    model = Narrow()
+    space = trace(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)), INPUTS)
+    names = {"0": "first", "2": "second"}
+    slices = tuple(
+        tuple(dataclasses.replace(s, tensor=names[s.tensor[0]] + s.tensor[1:]) for s in g) for g in space.slices
+    )
+    with caplog.at_level("WARNING", "autoprune"):
+        table = built(dataclasses.replace(space, slices=slices), model)
+    assert 0 < caplog.text.count("too narrow for this device") == 17 - len(table.samples)
+    with pytest.raises(MeasuringError, match="too few networks could be measured"):
+        built(dataclasses.replace(space, slices=slices), Broken())
+
+
+class Broken(Narrow):
+    """Runs dense, and never cut."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first.out_channels < 32:
+            raise RuntimeError("broken")
+        return super().forward(x)
+
+
+def test_drawn_networks_span_the_space(traced: TracedModel) -> None:
+    drawn = np.array(profile._drawn(traced.space, 200, 0))
+    for widths, group in zip(drawn.T, traced.space.groups, strict=True):
+        assert widths.min() >= group.kept(group.levels[-1])
+        assert widths.max() <= group.size
+        assert widths.min() <= 0.3 * group.size
+        assert widths.max() >= 0.9 * group.size
+    assert profile._drawn(traced.space, 5, 1) == profile._drawn(traced.space, 5, 1)
+
+
+@pytest.mark.parametrize("wrong", [{"networks": 7}, {"held_out": 0}])
+def test_a_profile_that_cannot_be(wrong: dict[str, int]) -> None:
+    with pytest.raises(InputError, match="profile: networks must be >= 8 and held_out >= 1"):
+        Profile(**wrong)
