@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from autoprune.prune import RatioTable
     from autoprune.recover import FineTune
     from autoprune.result import Result
-    from autoprune.run import search
+    from autoprune.run import latency, profile, search
 
 _HOMES = {
     "Budget": "core",
@@ -20,9 +20,22 @@ _HOMES = {
     "RatioTable": "prune",
     "Result": "result",
     "Task": "core",
+    "latency": "run",
+    "profile": "run",
     "search": "run",
 }
-__all__ = ["Budget", "FineTune", "InputError", "PruningSpace", "RatioTable", "Result", "Task", "search"]
+__all__ = [
+    "Budget",
+    "FineTune",
+    "InputError",
+    "PruningSpace",
+    "RatioTable",
+    "Result",
+    "Task",
+    "latency",
+    "profile",
+    "search",
+]
 
 
 def __getattr__(name: str) -> Any:

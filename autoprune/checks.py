@@ -1,4 +1,4 @@
-"""Is this task what a search needs? Asked once, before any time is spent."""
+"""Is what the user gave what a search needs? Asked once, before any time is spent."""
 
 from __future__ import annotations
 
@@ -42,6 +42,20 @@ def check_task(task: Task) -> None:
     for split in ("train", "search"):
         _check_batch(where, split, _first_batch(where, split, getattr(task, split)))
     _check_scoring(where, task, _first_batch(where, "search", task.search))
+
+
+def check_seed(seed: object) -> None:
+    """Raises InputError unless this is a whole number of 0 or more."""
+    if type(seed) is not int or seed < 0:
+        raise InputError(f"seed must be a whole number of 0 or more, got {seed!r}")
+
+
+def check_place(place: str, what: str) -> None:
+    """Raises InputError unless torch can put a tensor there; `what` names the setting."""
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"{what}={place} is not there: {str(error).splitlines()[0]}") from error
 
 
 def _first_batch(where: str, split: str, batches: Any) -> Any:

@@ -23,7 +23,7 @@ from autoprune.core import Budget, InputError
 if TYPE_CHECKING:
     from autoprune.report import Screen
 
-GROUPS = ("task", "strategy", "criterion", "evaluator", "finetune")
+GROUPS = ("task", "strategy", "criterion", "device", "evaluator", "finetune")
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -36,7 +36,8 @@ HELP = """autoprune finds how much to prune from each layer of a trained PyTorch
 
 usage: python -m autoprune COMMAND [key=value ...]
 
-  search     find the ratios, the smaller network and the report    search budget=flops_50pct
+  search     find the ratios, the smaller network and the report    search budget=latency_20ms
+  profile    build or refresh the device's cost table               profile device=torch_cpu
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
   report     write report.html of a finished run again              report outputs/.../
 
@@ -88,12 +89,13 @@ def _search(words: Sequence[str]) -> int:
 
     evaluator = config["evaluator"]
     budgets = _budgets(config["budget"])
-    scoring = {k: v for k, v in evaluator.items() if k in ("images", "recalibration")}
+    scoring = {k: v for k, v in evaluator.items() if k != "cache"}
     scoring["short"] = _made(FineTune, evaluator["short"], "evaluator.short")
     settings = {
         "space": _made(run.Space, config["space"], "space"),
         "scoring": _made(Scoring, scoring, "evaluator"),
         "final": _made(FineTune, config["finetune"], "finetune"),
+        "profile": _profile_plan(config["profile"]),
     }
     task = make_task(config["task"])
     folder = _run_folder(config, task.name, _short_name(config["strategy"]["_target_"]))
@@ -103,11 +105,13 @@ def _search(words: Sequence[str]) -> int:
             budget=budgets,
             strategy=config["strategy"],
             criterion=config["criterion"],
+            device=config["device"],
             seed=config["seed"],
+            tables=config["profile"]["folder"],
+            readings=folder / "readings.jsonl",
             storage=config["study"]["storage"],
             study_name=config["study"]["name"],
             cache=evaluator["cache"],
-            device=evaluator["device"],
             progress=screen,
             **settings,
         )
@@ -116,9 +120,35 @@ def _search(words: Sequence[str]) -> int:
     return MET if result.met else NOT_MET
 
 
+def _profile(words: Sequence[str]) -> int:
+    config = _compose("profile", words)
+    from autoprune import report, run
+
+    plan = _profile_plan(config)
+    task = make_task(config["task"])
+    with _watched() as screen:
+        table, traced = run.profile(
+            task,
+            device=config["device"],
+            plan=plan,
+            tables=config["folder"],
+            max_ratio=config["max_ratio"],
+            seed=config["seed"],
+            progress=screen,
+        )
+    report.show_profile(table, traced.space)
+    return MET
+
+
+def _profile_plan(values: Mapping[str, Any]) -> Any:
+    from autoprune.meters.profile import Profile
+
+    return _made(Profile, {k: values[k] for k in ("networks", "held_out")}, "profile")
+
+
 def _finetune(words: Sequence[str]) -> int:
     config = _compose("finetune", words)
-    from autoprune import report, run
+    from autoprune import final, report
     from autoprune.prune import RatioTable
     from autoprune.recover import FineTune
 
@@ -127,7 +157,7 @@ def _finetune(words: Sequence[str]) -> int:
     task = make_task(config["task"])
     folder = _run_folder(config, task.name, "finetune")
     with _watched() as screen:
-        tuned = run.finetune_table(
+        tuned = final.finetune_table(
             task,
             table,
             criterion=config["criterion"],
@@ -151,7 +181,12 @@ def _report(words: Sequence[str]) -> int:
     return MET
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"search": _search, "finetune": _finetune, "report": _report}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "search": _search,
+    "profile": _profile,
+    "finetune": _finetune,
+    "report": _report,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ configuration

@@ -75,6 +75,17 @@ def bind(values: Mapping[str, Any], place: str, *given: object, **named: object)
     return lambda *args, **rest: function(*args, **rest, **keywords)
 
 
+def chosen(group: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A component given by its name in conf/, or by its `_target_` and keyword arguments."""
+    return spec(group, value) if isinstance(value, str) else dict(value)
+
+
+def named(group: str, values: Mapping[str, Any]) -> str:
+    """The name in conf/ of the component with this target, else the target itself."""
+    target = str(values["_target_"])
+    return next((name for name in names(group) if spec(group, name)["_target_"] == target), target)
+
+
 def make_task(values: Mapping[str, Any]) -> Task:
     """Call a task function.
 

@@ -43,11 +43,12 @@ CHUNKS = 20
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How candidates are scored: `images` of the search split, `recalibration` training batches for the batch
-    normalisation statistics, and the short fine-tune."""
+    normalisation statistics, the short fine-tune, and the device ("cpu", "cuda") that computes all this."""
 
     images: int = 1000
     recalibration: int = 4
     short: FineTune = FineTune(epochs=0.25, teach=0.0)
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.images < 2 or self.recalibration < 0:
@@ -86,11 +87,11 @@ class Evaluator:
         scoring: Scoring,
         seed: int,
         cache: Path | None,
-        device: str = "cpu",
     ) -> None:
         self.task, self.traced, self.importance = task, traced, importance
         self.budgets, self.costs, self.meters = tuple(budgets), costs, meters
-        self.scoring, self.seed, self.cache, self.device = scoring, seed, cache, device
+        self.scoring, self.seed, self.cache = scoring, seed, cache
+        device = scoring.device
         self.dense_model = copy.deepcopy(task.model).to(device).eval()
         with seeded(seed):
             self.chunks = to_device(_subset(task.search, scoring.images, seed), device)
@@ -127,7 +128,6 @@ class Evaluator:
             "scoring": asdict(self.scoring),
             "seed": self.seed,
             "threads": torch.get_num_threads(),
-            "device": self.device,
             "torch": torch.__version__,
         }
 
@@ -177,9 +177,11 @@ class Evaluator:
             _write_cached(path, scored)
         else:
             self.hits += 1
-        costs = {name: Measurement.exact(m.predict(ratios), m.unit, "predicted") for name, m in self.costs.items()}
+        expected = {name: m.predict(ratios) for name, m in self.costs.items()}
         if candidate.measure:
             costs = self.measured(model or self.cut(ratios))
+        else:
+            costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
         met = [b.met(costs[b.cost]) for b in self.budgets]
         low, high = _interval(scored.scores)
         change = np.subtract(scored.losses, self.dense().losses)
@@ -201,6 +203,7 @@ class Evaluator:
                 notes=("paired with the dense model",),
             ),
             costs=costs,
+            predicted=expected if candidate.measure else {},
             feasible=None if None in met else all(met),
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
@@ -208,7 +211,7 @@ class Evaluator:
 
     def measured(self, model: nn.Module) -> dict[str, Measurement]:
         """Every cost of a network, counted or measured."""
-        inputs = to_device(self.task.inputs, self.device)
+        inputs = to_device(self.task.inputs, self.scoring.device)
         return {name: meter.measure(model, inputs) for name, meter in self.meters.items()}
 
     def _cache_path(self, candidate: Candidate) -> Path | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from rich.console import Console
 from rich.progress import (
@@ -30,17 +31,26 @@ from rich.progress import (
 from rich.table import Table
 
 from autoprune.core import InputError, Measurement, PruningSpace, Trial
+from autoprune.meters.fitted import stair_levels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import nn
 
+    from autoprune.final import FineTuned
+    from autoprune.meters.profile import CostTable
     from autoprune.result import Result
-    from autoprune.run import FineTuned
 
 RATIO = "ratio:"
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#808080"  # apart for colour-blind eyes (Okabe & Ito, 2008)
+
+
+VERDICTS = {
+    True: "[green]met[/]",
+    False: "[bold red]not met[/]; this is the closest found",
+    None: "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine",
+}
 
 
 class Screen:
@@ -121,9 +131,9 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
         highlight=False,
     )
     for budget in values["budgets"]:
-        verdict = "[green]met[/]" if budget["met"] else "[bold red]not met[/]; this is the closest found"
+        verdict = VERDICTS[budget["met"]]
         console.print(
-            f"budget {budget['asked']}: {_amount(budget['value'])} of at most {_amount(budget['limit'])} "
+            f"budget {budget['asked']}: {_with_interval(budget)} of at most {_amount(budget['limit'])} "
             f"{budget['unit']}, {verdict}",
             highlight=False,
         )
@@ -148,6 +158,32 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
         f"{tuned.metric}: test {_percent(tuned.test_dense)} dense, {_percent(tuned.test_recovered)} pruned and "
         f"fine-tuned ({_points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
         f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)",
+    )
+
+
+def show_profile(table: CostTable, space: PruningSpace) -> None:
+    """The last screen of a profile: the dense network's latency, the table's error, and each group's steps."""
+    console = Console()
+    cost = table.cost(space)
+    steps = stair_levels(cost, space, 16)
+    shown = Table(
+        "group", "units", "ms at full width", "at half", "widths worth keeping", title="steps", title_justify="left"
+    )
+    sizes = [g.size for g in space.groups]
+    for i, group in enumerate(space.groups):
+        half = cost.at_widths([*sizes[:i], group.size // 2, *sizes[i + 1 :]])
+        widths = ", ".join(str(group.kept(level)) for level in steps.get(group.name, group.levels))
+        shown.add_row(group.name, str(group.size), f"{table.dense.value:.2f}", f"{half:.2f}", widths)
+    console.print(shown)
+    errors, pairs = table.errors(space), table.held_out_pairs(space)
+    measured = [m for _, m in pairs]
+    _lines(
+        console,
+        f"dense: {table.dense.value:.4g} [{table.dense.low:.4g}, {table.dense.high:.4g}] ms on {table.dense.device}",
+        f"       {'; '.join(table.dense.notes)}",
+        f"error on {len(errors)} networks of {min(measured):.3g} to {max(measured):.3g} ms that were not fitted: "
+        f"median {_percent(float(np.median(errors)))}, 90th percentile {_percent(float(np.quantile(errors, 0.9)))}, "
+        f"largest {_percent(float(errors.max()))}",
     )
 
 
@@ -188,6 +224,13 @@ def _amount(value: float) -> str:
         if abs(value) >= scale:
             return f"{value / (1e3 if letter == 'k' else scale):.4g}{letter}"
     return f"{value:.4g}"
+
+
+def _with_interval(row: Mapping[str, Any]) -> str:
+    """A value, with its interval where that has a width."""
+    if row["low"] == row["high"]:
+        return _amount(row["value"])
+    return f"{_amount(row['value'])} [{_amount(row['low'])}, {_amount(row['high'])}]"
 
 
 def _percent(value: float) -> str:
@@ -275,10 +318,14 @@ def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> N
 def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
     """The self-contained page of a run: result.json's content and the rows of trials.csv."""
     environment = Environment(loader=PackageLoader("autoprune", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(amount=_amount, percent=_percent, points=_points)
+    environment.filters.update(amount=_amount, percent=_percent, points=_points, interval=_with_interval)
     curves = sensitivity_curves(values["groups"], trials)
     return environment.get_template("report.html.j2").render(
-        values=values, ratios=_ratios_svg(values), sensitivity=_sensitivity_svg(values, curves) if curves else ""
+        values=values,
+        ratios=_ratios_svg(values),
+        sensitivity=_sensitivity_svg(values, curves) if curves else "",
+        prediction=_prediction_svg(values["cost_table"]) if values["cost_table"]["held_out"] else "",
+        layers=_layers_svg(values["layers"]) if values["layers"] else "",
     )
 
 
@@ -328,6 +375,33 @@ def _sensitivity_svg(
         axis.set_visible(False)
     figure.supxlabel("ratio of this group alone (dashed: chosen)", fontsize=9, color=GREY)
     figure.supylabel("loss increase over dense, 95 % interval", fontsize=9, color=GREY)
+    return _svg(figure)
+
+
+def _prediction_svg(table: Mapping[str, Any]) -> str:
+    figure, axes = _figure(4.5, 4.2, 1, 1)
+    answers = [(a["predicted"], a["measured"]) for a in table["answers"]]
+    top = 1.05 * max(value for pair in (*table["held_out"], *answers) for value in pair)
+    axes[0].plot([0, top], [0, top], color=GREY, linewidth=0.8)
+    axes[0].plot(*zip(*table["held_out"], strict=True), "o", color=BLUE, markersize=4)
+    if answers:
+        axes[0].plot(*zip(*answers, strict=True), "x", color=ORANGE, markersize=8, markeredgewidth=2)
+    axes[0].set_xlim(0, top)
+    axes[0].set_ylim(0, top)
+    axes[0].set_xlabel("predicted ms")
+    axes[0].set_ylabel("measured ms", color=GREY)
+    return _svg(figure)
+
+
+def _layers_svg(layers: Sequence[Mapping[str, Any]]) -> str:
+    figure, axes = _figure(7.5, 0.6 + 0.2 * len(layers), 1, 1)
+    places = range(len(layers))
+    axes[0].barh(places, [row["dense_ms"] for row in layers], color=GREY, alpha=0.35, height=0.8, label="dense")
+    axes[0].barh(places, [row["pruned_ms"] for row in layers], color=ORANGE, height=0.4, label="pruned")
+    axes[0].set_yticks(places, [row["name"] for row in layers])
+    axes[0].invert_yaxis()
+    axes[0].set_xlabel("ms")
+    axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
     return _svg(figure)
 
 

@@ -27,12 +27,23 @@ class Scores:
     test_recovered: float
 
 
+@dataclass(frozen=True)
+class LayerTime:
+    """Milliseconds of one layer in the dense and in the final network."""
+
+    name: str
+    dense_ms: float
+    pruned_ms: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result:
     """The ratio table, the smaller network, and the record of how they were found.
 
     dense, predicted, measured: every cost of the dense model, as predicted for the answer, and of the final network.
-    findings: what the strategy has to say of single groups. met: whether every budget is kept by measurement.
+    findings: what the strategy has to say of single groups. held_out: (predicted, measured) ms of the networks that
+    tell the cost table's error. layers: what each takes before and after. met: whether every budget is kept by
+    measurement.
     """
 
     task: str
@@ -57,11 +68,22 @@ class Result:
     cache_hits: int
     seconds: float
     findings: Mapping[str, str]
+    held_out: tuple[tuple[float, float], ...]
+    layers: tuple[LayerTime, ...]
     notes: tuple[str, ...]
 
     @property
     def met(self) -> bool:
         return all(b.met(self.measured[b.cost]) for b in self.budgets)
+
+    def _answers(self) -> list[dict[str, Any]]:
+        """Predicted against measured, for the trials that were measured."""
+        return [
+            {"trial": t.number, "cost": name, "predicted": t.predicted[name], "measured": m.value}
+            for t in self.trials
+            for name, m in t.costs.items()
+            if m.kind == "measured" and name in t.predicted
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
@@ -85,7 +107,9 @@ class Result:
                     "limit": b.limit,
                     "unit": b.unit,
                     "value": self.measured[b.cost].value,
-                    "met": bool(b.met(self.measured[b.cost])),
+                    "low": self.measured[b.cost].low,
+                    "high": self.measured[b.cost].high,
+                    "met": b.met(self.measured[b.cost]),
                 }
                 for asked, b in zip(self.asked, self.budgets, strict=True)
             ],
@@ -105,5 +129,7 @@ class Result:
             },
             "refused": {r.name: r.reason for r in self.space.refused},
             "findings": dict(self.findings),
+            "cost_table": {"held_out": [list(pair) for pair in self.held_out], "answers": self._answers()},
+            "layers": [asdict(layer) for layer in self.layers],
             "notes": list(self.notes),
         }

@@ -4,55 +4,38 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from autoprune import components, loop
-from autoprune.borrowing import arguments, first, seeded, to_device
-from autoprune.checks import check_task
-from autoprune.core import Budget, CostModel, InputError, Measurement, Meter, Strategy, Task, Trial
+from autoprune import components, costs, loop
+from autoprune import final as last_steps
+from autoprune.borrowing import first, seeded
+from autoprune.checks import check_place, check_seed, check_task
+from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial
+from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.criteria import Scores as Importance
 from autoprune.evaluate import Evaluator, Scoring
-from autoprune.meters.counts import COUNTED, weight_bytes
-from autoprune.meters.table import CountedCost
+from autoprune.meters.device import Device, MeasuringError
+from autoprune.meters.latency import Latency
+from autoprune.meters.profile import CostTable, Profile
 from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
-from autoprune.recover import FineTune, finetune, recalibrate
-from autoprune.result import Result, Scores
+from autoprune.recover import FineTune, recalibrate
+from autoprune.result import LayerTime, Result, Scores
 from autoprune.space import trace
 from autoprune.study import Study
 from autoprune.traced import TracedModel
 
-FINAL = FineTune(epochs=4)
-METERS: dict[str, Meter] = {name: meter() for name, meter in COUNTED.items()}
-
-
-class Progress(Protocol):
-    """Who watches a search: a stage begins with so many steps (None: unknown), steps are made, something is said."""
-
-    def stage(self, name: str, steps: int | None) -> None: ...
-
-    def step(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
-
-
-class Silent:
-    """Nobody watches."""
-
-    def stage(self, name: str, steps: int | None) -> None: ...
-
-    def step(self) -> None: ...
-
-    def say(self, line: str) -> None: ...
+LOG = logging.getLogger("autoprune")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,117 +51,157 @@ class Space:
 def search(
     task: Task,
     *,
-    budget: str | Sequence[str] = "flops_50pct",
+    budget: str | Sequence[str],
     strategy: str | Mapping[str, Any] = "sensitivity",
     criterion: str | Mapping[str, Any] = "l1",
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
     seed: int = 0,
     space: Space = Space(),
     scoring: Scoring = Scoring(),
-    final: FineTune = FINAL,
+    final: FineTune = last_steps.FINAL,
+    profile: Profile = Profile(),
+    tables: str | Path | None = None,
     storage: str | None = None,
     study_name: str | None = None,
     cache: str | Path | None = None,
-    device: str = "cpu",
+    readings: str | Path | None = None,
     progress: Progress = Silent(),
 ) -> Result:
     """Find a ratio for each group under the budgets, and the fine-tuned smaller network.
 
-    budget: one or several, see Budget.parse. strategy, criterion: a name in conf/, or a mapping with `_target_` and
-    keyword arguments. storage: an Optuna storage URL; the
-    same search on the same study goes on where it ended. None keeps the record in memory.
-    study_name: by default made of task, strategy, budget, seed and fingerprint. cache: a folder for scores shared by
-    searches. device: where candidates are scored and trained, "cpu" or "cuda".
+    budget: one or several, see Budget.parse. strategy, criterion, device: a name in conf/, or a mapping with `_target_`
+    and keyword arguments; device is where latency is measured. profile: how the device's cost table is made where the
+    folder `tables` has none. storage: an Optuna storage URL; the same search on the same study goes on where it ended.
+    None keeps the record in memory. study_name: by default made of task, strategy, budget, seed and fingerprint.
+    cache: a folder for scores shared by searches. readings: a file that every raw latency sample is appended to.
 
     Raises:
         InputError: the task, a budget or a name is wrong, or the study belongs to another search.
+        MeasuringError: the device could not measure the networks.
     """
     began = time.perf_counter()
     asked = (budget,) if isinstance(budget, str) else tuple(budget)
     budgets = tuple(Budget.parse(text) for text in asked)
-    _check_budgets(budgets)
-    _check_seed(seed)
-    _check_device(device)
-    chosen = {"strategy": _spec("strategy", strategy), "criterion": _spec("criterion", criterion)}
+    costs.check_budgets(budgets)
+    check_seed(seed)
+    check_place(scoring.device, "evaluator.device")
+    target = device_of(device)
+    chosen = {
+        "strategy": components.chosen("strategy", strategy),
+        "criterion": components.chosen("criterion", criterion),
+    }
     build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
     rank: Criterion = components.bind(chosen["criterion"], "criterion", task.model, (), batches=(), loss=None, seed=0)
     check_task(task)
 
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, **asdict(space))
-    dense = measure(task.model, task.inputs)
-    limits = tuple(b.resolve(dense) for b in budgets)
-    costs = cost_models(task, traced, dense)
     progress.say(_summary(task, traced))
+    prices = costs.priced(
+        task,
+        traced,
+        budgets,
+        device=target,
+        plan=profile,
+        tables=None if tables is None else Path(tables),
+        levels=space.levels,
+        round_to=space.round_to,
+        seed=seed,
+        readings=None if readings is None else Path(readings),
+        progress=progress,
+    )
     with seeded(seed):
         batches = first(task.train, scoring.recalibration)
         importance = rank(task.model, traced.slices, batches=batches, loss=task.loss, seed=seed)
     evaluator = Evaluator(
         task,
-        traced,
+        prices.traced,
         importance,
-        budgets=limits,
-        costs=costs,
-        meters=METERS,
+        budgets=prices.limits,
+        costs=prices.models,
+        meters=prices.meters,
         scoring=scoring,
         seed=seed,
         cache=None if cache is None else Path(cache),
-        device=device,
     )
-    planner: Strategy = build(traced.space, limits, {n: costs[n] for n in {b.cost for b in limits}}, seed=seed)
-    fingerprint = _fingerprint(evaluator, traced, dense) | chosen | {"budgets": list(asked)}
-    name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
-    study = Study(storage, name, fingerprint=fingerprint, space=traced.space, budgets=limits)
-    trials = _converse(planner, evaluator, study, progress)
-    answer = _best(trials, limits)
-
-    model = evaluator.cut(answer.candidate.ratios)
-    recalibrate(model, evaluator.recalibration)
-    _train(model, task, final, teacher=evaluator.dense_model, seed=seed, progress=progress)
-    recovered = evaluator.scored(model)
-    progress.stage("reading the test split", None)
-    test_dense, test_recovered = _test(task, [evaluator.dense_model, model])
-    measured = evaluator.measured(model)
-    sign = -1.0 if task.metric.higher_is_better is False else 1.0
-    provenance = {"task": task.name, "strategy": _named(chosen["strategy"]), "seed": seed, "versions": _versions()}
-    return Result(
-        task=task.name,
-        strategy=_named(chosen["strategy"]),
-        seed=seed,
-        device=f"{device}: {_processor(device)}, {torch.get_num_threads()} threads",
-        table=RatioTable(
-            groups=_table_groups(traced, importance, answer.candidate.ratios),
-            architecture=traced.fingerprint,
-            weights=weights_hash(task.model),
-            criterion=_named(chosen["criterion"]),
-            budgets=_verdicts(asked, limits, measured),
-            provenance=provenance,
-        ),
-        model=model,
-        space=traced.space,
-        ratios=answer.candidate.ratios,
-        trials=trials,
-        scores=Scores(
-            metric=type(task.metric).__name__,
-            dense=sign * evaluator.dense().score,
-            pruned=sign * answer.score,
-            recovered=sign * recovered.score,
-            test_dense=test_dense,
-            test_recovered=test_recovered,
-        ),
-        dense=dense,
-        predicted={n: c.predict(answer.candidate.ratios) for n, c in costs.items()},
-        measured=measured,
-        budgets=limits,
+    trials: tuple[Trial, ...] = ()
+    name = ""
+    if prices.already_met:
+        answer = Trial(number=0, candidate=Candidate(ratios=traced.space.dense()), score=evaluator.dense().score)
+        model = copy.deepcopy(evaluator.dense_model)
+        for text, limit in zip(asked, prices.limits, strict=True):
+            progress.say(_already(text, limit, prices.dense[limit.cost]))
+    else:
+        fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
+        name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
+        study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
+        limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
+        planner: Strategy = build(prices.traced.space, prices.limits, limited, seed=seed)
+        trials = _converse(planner, evaluator, study, progress)
+        answer = _best(trials, prices.limits)
+        model = _recovered(evaluator, answer, final, seed=seed, progress=progress)
+    return _result(
+        evaluator,
+        prices,
+        answer,
+        model,
+        importance,
         asked=asked,
-        versions=_versions(),
+        chosen=chosen,
+        device=target,
+        progress=progress,
+        trials=trials,
         study=name,
         storage=storage,
-        evaluations=evaluator.evaluations,
-        cache_hits=evaluator.hits,
-        seconds=time.perf_counter() - began,
-        findings={f.group: f.what for f in getattr(planner, "findings", ())},
-        notes=task.notes,
+        findings={f.group: f.what for f in getattr(planner, "findings", ())} if trials else {},
+        began=began,
     )
+
+
+def profile(
+    task: Task,
+    *,
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    plan: Profile = Profile(),
+    tables: str | Path | None = None,
+    max_ratio: float = 0.9,
+    seed: int = 0,
+    progress: Progress = Silent(),
+) -> tuple[CostTable, TracedModel]:
+    """Measure a device's cost table for a task's model anew, and keep it in the folder `tables`.
+
+    Raises:
+        InputError: the device is not there or the model cannot be traced.
+        MeasuringError: too few networks could be measured.
+    """
+    check_seed(seed)
+    progress.stage("tracing", None)
+    traced = trace(task.model, task.inputs, max_ratio=max_ratio)
+    meter = Latency(device_of(device), seed=seed)
+    folder = None if tables is None else Path(tables)
+    table = costs.table_for(task, traced, meter, plan=plan, folder=folder, seed=seed, progress=progress, refresh=True)
+    return table, traced
+
+
+def latency(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    seed: int = 0,
+) -> Measurement:
+    """Milliseconds of model(*inputs) on a device, as a search's verdict measures them (see meters.latency.Latency)."""
+    return Latency(device_of(device), seed=seed).measure(model, inputs)
+
+
+def device_of(value: str | Mapping[str, Any] | Device) -> Device:
+    """The device of a name in conf/device/, or of a mapping with `_target_`."""
+    if isinstance(value, Device):
+        return value
+    made = components.bind(components.chosen("device", value), "device")()
+    if not isinstance(made, Device):
+        raise InputError(f"device: {value} gives a {type(made).__name__}, it must be an autoprune Device")
+    return made
 
 
 def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:
@@ -196,6 +219,89 @@ def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: P
     )
 
 
+def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
+    """The answer's network after the final fine-tune."""
+    model = evaluator.cut(answer.candidate.ratios)
+    recalibrate(model, evaluator.recalibration)
+    last_steps.train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
+    return model
+
+
+def _result(
+    evaluator: Evaluator,
+    prices: Costs,
+    answer: Trial,
+    model: nn.Module,
+    importance: Sequence[Importance],
+    *,
+    asked: Sequence[str],
+    chosen: Mapping[str, Mapping[str, Any]],
+    device: Device,
+    progress: Progress,
+    began: float,
+    **record: Any,
+) -> Result:
+    """Measure and test the final network, and put down all that is known of it."""
+    task, ratios, scored = evaluator.task, answer.candidate.ratios, evaluator.scored(model)
+    progress.stage("reading the test split", None)
+    test_dense, test_recovered = last_steps.test(task, [evaluator.dense_model, model])
+    if prices.table is not None:
+        progress.stage(f"measuring the answer on {device.name}", None)
+    measured = dict(prices.dense) if prices.already_met else evaluator.measured(model)
+    sign = -1.0 if task.metric.higher_is_better is False else 1.0
+    named = {group: components.named(group, values) for group, values in chosen.items()}
+    place = evaluator.scoring.device
+    provenance = {"task": task.name, "strategy": named["strategy"], "seed": evaluator.seed, "versions": _versions()}
+    return Result(
+        task=task.name,
+        strategy=named["strategy"],
+        seed=evaluator.seed,
+        device=prices.table.dense.device if prices.table else f"{place}, {torch.get_num_threads()} threads",
+        table=RatioTable(
+            groups=_table_groups(prices.traced, importance, ratios),
+            architecture=prices.traced.fingerprint,
+            weights=weights_hash(task.model),
+            criterion=named["criterion"],
+            budgets=_verdicts(asked, prices.limits, measured),
+            provenance=provenance,
+        ),
+        model=model,
+        space=prices.traced.space,
+        ratios=ratios,
+        scores=Scores(
+            metric=type(task.metric).__name__,
+            dense=sign * evaluator.dense().score,
+            pruned=sign * answer.score,
+            recovered=sign * scored.score,
+            test_dense=test_dense,
+            test_recovered=test_recovered,
+        ),
+        dense=prices.dense,
+        predicted={n: c.predict(ratios) for n, c in prices.models.items()},
+        measured=measured,
+        budgets=prices.limits,
+        asked=tuple(asked),
+        versions=_versions(),
+        evaluations=evaluator.evaluations,
+        cache_hits=evaluator.hits,
+        held_out=tuple(prices.table.held_out_pairs(prices.traced.space)) if prices.table else (),
+        layers=_layers(device, evaluator, model) if prices.table else (),
+        notes=task.notes,
+        seconds=time.perf_counter() - began,
+        **record,
+    )
+
+
+def _layers(device: Device, evaluator: Evaluator, model: nn.Module) -> tuple[LayerTime, ...]:
+    """What each layer takes in the dense and in the final network; nothing where that cannot be measured."""
+    try:
+        before, after = costs.layer_times(device, [evaluator.dense_model, model], evaluator.task.inputs)
+    except MeasuringError as error:
+        LOG.warning("the layers could not be timed: %s", error)
+        return ()
+    return tuple(LayerTime(name, ms, after.get(name, 0.0)) for name, ms in before.items())
+
+
 def _table_groups(
     traced: TracedModel, importance: Sequence[Importance], ratios: Sequence[float]
 ) -> tuple[TableGroup, ...]:
@@ -211,186 +317,38 @@ def _verdicts(
 ) -> tuple[dict[str, Any], ...]:
     return tuple(
         {"budget": text, "cost": b.cost, "limit": b.limit, "unit": b.unit, "value": measured[b.cost].value}
-        | {"kind": measured[b.cost].kind, "met": bool(b.met(measured[b.cost]))}
+        | {"kind": measured[b.cost].kind, "met": b.met(measured[b.cost])}
         for text, b in zip(asked, budgets, strict=True)
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class FineTuned:
-    """A network pruned by a ratio table and fine-tuned; test scores in the metric's own sign.
-
-    table: the one given, with the units that this model keeps.
-    """
-
-    table: RatioTable
-    model: nn.Module
-    metric: str
-    test_dense: float
-    test_recovered: float
-    dense: Mapping[str, Measurement]
-    measured: Mapping[str, Measurement]
-    seconds: float
-
-
-def finetune_table(
-    task: Task,
-    table: RatioTable,
-    *,
-    criterion: str | Mapping[str, Any] = "l1",
-    final: FineTune = FINAL,
-    recalibration: int = 4,
-    seed: int = 0,
-    device: str = "cpu",
-    progress: Progress = Silent(),
-) -> FineTuned:
-    """Reuse a ratio table in training: prune the task's model by it, recalibrate, fine-tune, and read the test split.
-
-    Raises:
-        InputError: the task is wrong, or its model has another architecture than the table's.
-    """
-    began = time.perf_counter()
-    _check_seed(seed)
-    _check_device(device)
-    chosen = _spec("criterion", criterion)
-    rank: Criterion = components.bind(chosen, "criterion", task.model, (), batches=(), loss=None, seed=0)
-    check_task(task)
-    progress.stage("pruning", None)
-    with seeded(seed):
-        batches = first(task.train, recalibration)
-    table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    model = table.prune(task.model, task.inputs).to(device)
-    teacher = copy.deepcopy(task.model).to(device)
-    recalibrate(model, to_device(batches, device))
-    _train(model, task, final, teacher=teacher, seed=seed, progress=progress)
-    progress.stage("reading the test split", None)
-    test_dense, test_recovered = _test(task, [teacher, model])
-    inputs = to_device(task.inputs, device)
-    return FineTuned(
-        table=table,
-        model=model,
-        metric=type(task.metric).__name__,
-        test_dense=test_dense,
-        test_recovered=test_recovered,
-        dense=measure(teacher, inputs),
-        measured=measure(model, inputs),
-        seconds=time.perf_counter() - began,
-    )
-
-
-def measure(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Measurement]:
-    """Every counted cost of a model on its example inputs."""
-    return {name: meter.measure(model, inputs) for name, meter in METERS.items()}
-
-
-def cost_models(task: Task, traced: TracedModel, dense: Mapping[str, Measurement]) -> dict[str, CostModel]:
-    """A model for each counted cost, exact at the dense network."""
-    examples = len(task.inputs[0])
-    per_parameter = weight_bytes(task.model) / max(dense["params"].value, 1.0)
-    weights = tuple(_scaled(term, per_parameter / 1e6) for term in traced.params)
-    alive = tuple(tuple(_scaled(t, examples / 1e6) for t in instant) for instant in traced.activations)
-    forms = {
-        "macs": (traced.macs,),
-        "params": (traced.params,),
-        "memory_mb": tuple(weights + instant for instant in alive) or (weights,),
-    }
-    return {
-        name: CountedCost(name, dense[name].unit, traced.space, terms).anchored(dense[name].value)
-        for name, terms in forms.items()
-    }
-
-
-def _scaled(term: Any, by: float) -> Any:
-    return type(term)(term.scale * by, term.left, term.right)
-
-
-def _train(model: nn.Module, task: Task, plan: FineTune, *, teacher: nn.Module, seed: int, progress: Progress) -> None:
-    begun = False
-
-    def on_step(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.stage("fine-tuning the answer", total)
-            begun = True
-        progress.step()
-
-    with seeded(seed):
-        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, on_step=on_step)
-
-
-def _test(task: Task, models: Sequence[nn.Module]) -> list[float]:
-    """The metric of each model on the test split, read once."""
-    metrics = [copy.deepcopy(task.metric) for _ in models]
-    read = 0
-    try:
-        with torch.inference_mode(), seeded(0):
-            for inputs, target in task.test:
-                read += 1
-                for model, metric in zip(models, metrics, strict=True):
-                    device = next(model.parameters()).device
-                    metric.to(device)
-                    metric.update(model(*arguments(inputs, device)), to_device(target, device))
-    except Exception as error:
-        raise InputError(f"task '{task.name}': reading test raised {components.described(error)}") from error
-    if not read:
-        raise InputError(f"task '{task.name}': test holds no batch")
-    return [float(metric.compute()) for metric in metrics]
-
-
 def _best(trials: Sequence[Trial], budgets: Sequence[Budget]) -> Trial:
-    """The measured trial of highest score within the budgets; without any, the one that exceeds them least."""
+    """The measured trial of highest score within the budgets; without any, one whose measurement was disturbed, or the
+    one that exceeds them least."""
     answers = [t for t in trials if t.candidate.measure and t.error is None]
     if not answers:
         failed = next((t.error for t in reversed(trials) if t.error), "no candidate was measured")
         raise RuntimeError(f"the search ended without an answer: {failed}")
-    feasible = [t for t in answers if t.feasible]
-    if feasible:
-        return max(feasible, key=lambda t: t.score)
+    for verdict in (True, None):
+        if within := [t for t in answers if t.feasible is verdict]:
+            return max(within, key=lambda t: t.score)
     return min(answers, key=lambda t: max(t.costs[b.cost].high / b.limit for b in budgets))
 
 
-def _check_budgets(budgets: Sequence[Budget]) -> None:
-    if not budgets:
-        raise InputError("budget is empty: name at least one, such as budget=flops_50pct")
-    for budget in budgets:
-        if budget.cost not in COUNTED:
-            raise InputError(
-                f"budget: {budget.cost} needs measuring on a device, which this version does not do yet; "
-                f"budgets may limit {', '.join(COUNTED)} (flops, macs, params, memory)"
-            )
+def _already(asked: str, limit: Budget, dense: Measurement) -> str:
+    word = asked.partition("_")[0]
+    return (
+        f"the dense network keeps {asked} already: {dense.value:.4g} [{dense.low:.4g}, {dense.high:.4g}] of at most "
+        f"{limit.limit:.4g} {limit.unit}; nothing is pruned. To prune all the same: budget={word}_50pct"
+    )
 
 
-def _check_seed(seed: object) -> None:
-    if type(seed) is not int or seed < 0:
-        raise InputError(f"seed must be a whole number of 0 or more, got {seed!r}")
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device={device} is not there: {str(error).splitlines()[0]}") from error
-
-
-def _spec(group: str, chosen: str | Mapping[str, Any]) -> dict[str, Any]:
-    return components.spec(group, chosen) if isinstance(chosen, str) else dict(chosen)
-
-
-def _named(values: Mapping[str, Any]) -> str:
-    """The name in conf/ whose target this is, else the target itself."""
-    target = str(values["_target_"])
-    for group in ("strategy", "criterion"):
-        for name in components.names(group):
-            if components.spec(group, name)["_target_"] == target:
-                return name
-    return target
-
-
-def _fingerprint(evaluator: Evaluator, traced: TracedModel, dense: Mapping[str, Measurement]) -> dict[str, Any]:
+def _fingerprint(evaluator: Evaluator, prices: Costs) -> dict[str, Any]:
     """Everything that the trials of a search depend on, the cost models included."""
+    traced = prices.traced
     groups = [(g.name, g.size, g.levels) for g in traced.space.groups]
-    costs = [(traced.macs, traced.params, traced.activations), [(name, m.value) for name, m in dense.items()]]
-    return evaluator.identity | {"space": _digest(groups), "costs": _digest(costs)}
+    terms = [(traced.macs, traced.params, traced.activations), sorted(costs.digestible(prices).items())]
+    return evaluator.identity | {"space": _digest(groups), "costs": _digest(terms)}
 
 
 def _digest(values: object) -> str:
@@ -400,8 +358,9 @@ def _digest(values: object) -> str:
 def _study_name(
     task: Task, chosen: Mapping[str, Mapping[str, Any]], asked: Sequence[str], seed: int, fingerprint: Mapping[str, Any]
 ) -> str:
+    strategy = components.named("strategy", chosen["strategy"])
     digest = _digest(sorted(fingerprint.items()))[:8]
-    return f"{task.name} {_named(chosen['strategy'])} {'+'.join(asked)} seed {seed} ({digest})"
+    return f"{task.name} {strategy} {'+'.join(asked)} seed {seed} ({digest})"
 
 
 def _summary(task: Task, traced: TracedModel) -> str:
@@ -413,13 +372,3 @@ def _summary(task: Task, traced: TracedModel) -> str:
 def _versions() -> dict[str, str]:
     names = ("autoprune", "torch", "numpy", "scipy", "optuna", "fvcore")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def _processor(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -13,8 +13,8 @@ from zoo import ZOO
 from autoprune.allocate import cost_of
 from autoprune.core import Candidate as Asked
 from autoprune.core import Measurement, Task, Trial
+from autoprune.costs import counted_models
 from autoprune.meters.counts import COUNTED, Macs, Memory, Params
-from autoprune.run import cost_models
 from autoprune.space import trace
 
 
@@ -81,7 +81,7 @@ def test_predictions_equal_counts_at_random_candidates(name: str) -> None:
     task = task_of(name)
     traced = trace(task.model, task.inputs)
     dense = {n: meter().measure(task.model, task.inputs) for n, meter in COUNTED.items()}
-    models = cost_models(task, traced, dense)
+    models = counted_models(task, traced, dense)
     rng = np.random.default_rng(1)
     for _ in range(4):
         ratios = [float(rng.choice(g.levels)) for g in traced.space.groups]
@@ -101,7 +101,7 @@ def test_calibration_makes_the_last_measured_trial_exact() -> None:
     task = task_of("resnet")
     traced = trace(task.model, task.inputs)
     dense = {n: meter().measure(task.model, task.inputs) for n, meter in COUNTED.items()}
-    model = cost_models(task, traced, dense)["macs"]
+    model = counted_models(task, traced, dense)["macs"]
     ratios = tuple(g.levels[3] for g in traced.space.groups)
     measured = Measurement.exact(1.25 * model.predict(ratios), "MACs", "counted")
     trial = Trial(number=0, candidate=Asked(ratios=ratios, measure=True), costs={"macs": measured})

@@ -13,24 +13,24 @@ from torch import nn
 from torch.nn import functional as F
 
 from autoprune.core import Candidate, Trial
+from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
 from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
 from autoprune.recover import FineTune
-from autoprune.run import METERS, cost_models, measure
 from autoprune.space import trace
 
 
 def evaluator(cache: Path | None = None, seed: int = 0, **change: Any) -> Evaluator:
     task = dataclasses.replace(make_task(), **change)
     traced = trace(task.model, task.inputs, levels=6)
-    dense = measure(task.model, task.inputs)
+    dense = counted(task.model, task.inputs)
     return Evaluator(
         task,
         traced,
         l1(task.model, traced.slices),
         budgets=(),
-        costs=cost_models(task, traced, dense),
-        meters=METERS,
+        costs=counted_models(task, traced, dense),
+        meters=COUNTING,
         scoring=Scoring(images=400, recalibration=2, short=FineTune(epochs=0.3, teach=0.0)),
         seed=seed,
         cache=cache,

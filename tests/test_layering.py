@@ -17,8 +17,8 @@ LAYERS = [
     {"space"},
     {"prune", "recover", "strategies", "tasks"},
     {"components", "result"},
-    {"checks", "evaluate", "study"},
-    {"loop"},
+    {"checks", "costs", "evaluate", "study"},
+    {"final", "loop"},
     {"run", "report", "testing"},
     {"cli"},
 ]
@@ -30,6 +30,8 @@ ONLY_IN = {
     "hydra": {"cli.py"},
     "rich": {"report.py"},
     "fvcore": {"meters/counts.py"},
+    "execnet": {"meters/device.py"},
+    "cloudpickle": {"meters/device.py", "meters/worker.py"},
 }
 
 

@@ -104,7 +104,7 @@ class Sensitivity:
             for _ in range(self.attempts):
                 tried.add(answer)
                 trial = yield from self._measured(answer)
-                if trial.feasible or trial.error:
+                if trial.feasible is not False or trial.error:  # None: the measurement was disturbed
                     return
                 self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
                 answer = yield from self._best_of(tables)

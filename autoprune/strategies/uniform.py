@@ -54,7 +54,7 @@ class Uniform:
             self._recoveries.pop(0)
             self._finished = not self._recoveries
         else:
-            self._finished = bool(trial.feasible)
+            self._finished = trial.feasible is not False  # None: the measurement was disturbed
         self.costs = {name: cost.calibrated(trials) for name, cost in self.costs.items()}
 
     def _smallest(self) -> tuple[float, ...]:

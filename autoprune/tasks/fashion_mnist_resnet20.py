@@ -17,7 +17,9 @@ NAME = "fashion_mnist_resnet20"
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
-def make_task(*, data: str | None = None, checkpoint: str | None = None, batch: int = 1, batch_size: int = 128) -> Task:
+def make_task(
+    *, data: str | None = None, checkpoint: str | None = None, batch: int = 70, batch_size: int = 128
+) -> Task:
     """The default task.
 
     data: a folder with the four official idx .gz files, or "shipped" for the part in the package (the complete test

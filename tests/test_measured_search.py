@@ -1,0 +1,210 @@
+"""Searches under measured budgets, with real measuring processes on the tiny task."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_run import QUICK, searched
+from tiny import make_task
+
+from autoprune import report
+from autoprune.core import Budget, Candidate, InputError, Measurement, Silent, Task, Trial
+from autoprune.meters.device import Device
+from autoprune.meters.profile import Profile
+from autoprune.result import Result
+from autoprune.run import _best
+
+DEVICE = Device(processes=2, most_processes=2, samples=10, seconds=0.3, repeats=1, limit_s=20)
+
+
+class Spoken(Silent):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+def task() -> Task:
+    """The tiny task with enough examples in its input that arithmetic, not Python, takes the time."""
+    plain = make_task()
+    return dataclasses.replace(plain, inputs=(plain.search[0][0].repeat(4, 1, 1, 1),))  # type: ignore[index]
+
+
+def measured_search(folder: Path, budget: Any = "latency_80pct", **settings: Any) -> Result:
+    defaults: dict[str, Any] = {
+        "device": DEVICE,
+        "profile": Profile(networks=16, held_out=5),
+        "tables": folder / "tables",
+        "final": QUICK,
+    }
+    return searched(task(), budget=budget, **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of this file keep one cost table."""
+    return tmp_path_factory.mktemp("measured")
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Result:
+    """One search from profile to verdict."""
+    return measured_search(folder, readings=folder / "readings.jsonl")
+
+
+def test_a_measured_budget_from_profile_to_verdict(whole: Result, folder: Path, tmp_path: Path) -> None:
+    result = whole
+    latency = result.measured["latency_ms"]
+    assert latency.kind == "measured"
+    assert result.met == (latency.high <= result.budgets[0].limit), "the verdict follows from the interval"
+    assert "of dense, interleaved" in " ".join(latency.notes)
+    answers = [t for t in result.trials if t.candidate.measure]
+    assert 1 <= len(answers) <= 4
+    assert all(t.predicted["latency_ms"] > 0 and t.costs["latency_ms"].kind == "measured" for t in answers)
+    assert len(result.held_out) == 5
+    assert {layer.name for layer in result.layers} >= {"0.0", "3.0"}
+    assert (folder / "readings.jsonl").read_text().count("wall_ms") >= 3 * 2 * len(answers)
+
+    report.write(result, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "Predicted and measured" in page
+    assert "What each layer takes" in page
+
+
+@pytest.mark.slow
+def test_the_same_table_gives_the_same_trials_up_to_the_first_measurement(whole: Result, folder: Path) -> None:
+    second = measured_search(folder)
+
+    def before_measuring(result: Result) -> list[tuple[Candidate, float]]:
+        unmeasured = []
+        for t in result.trials:
+            unmeasured.append((t.candidate, t.score))
+            if t.candidate.measure:
+                break
+        return unmeasured
+
+    assert before_measuring(whole) == before_measuring(second)
+    assert len(list((folder / "tables").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_an_interrupted_measured_search_goes_on(folder: Path, tmp_path: Path) -> None:
+    class Impatient(Silent):
+        def stage(self, name: str, steps: int | None) -> None:
+            if name.startswith("fine-tuning"):
+                raise KeyboardInterrupt
+
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    with pytest.raises(KeyboardInterrupt):
+        measured_search(folder, storage=storage, progress=Impatient())
+    said = Spoken()
+    resumed = measured_search(folder, storage=storage, progress=said)
+    assert resumed.evaluations == 0
+    assert any("goes on" in line for line in said.lines)
+
+
+@pytest.mark.slow
+def test_another_table_is_another_search(folder: Path, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    measured_search(folder, storage=storage, study_name="mine")
+    (kept,) = (folder / "tables").iterdir()
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / kept.name).write_text(kept.read_text().replace('"held_out": 5', '"held_out": 4'))
+    with pytest.raises(InputError, match=r"study 'mine' .* belongs to another search .*costs was"):
+        measured_search(tmp_path, storage=storage, study_name="mine")
+
+
+def test_a_dense_network_that_keeps_the_budget_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    said = Spoken()
+    result = measured_search(folder, budget="latency_10s", progress=said)
+    assert result.met
+    assert result.trials == ()
+    assert set(result.ratios) == {0.0}
+    assert result.scores.test_recovered == result.scores.test_dense
+    (line,) = (line for line in said.lines if "keeps latency_10s already" in line)
+    assert f"{result.dense['latency_ms'].value:.4g}" in line
+    assert line.endswith("budget=latency_50pct")
+    assert all(
+        torch.equal(a, b) for a, b in zip(result.model.parameters(), make_task().model.parameters(), strict=True)
+    )
+    report.write(result, tmp_path)
+
+
+@pytest.mark.slow
+def test_budgets_mix(folder: Path) -> None:
+    result = measured_search(folder, budget=["latency_90pct", "params_60pct"])
+    assert result.measured["params"].value <= result.budgets[1].limit
+    assert {b.cost for b in result.budgets} == {"latency_ms", "params"}
+
+
+def test_latency_is_absolute_or_relative() -> None:
+    with pytest.raises(InputError, match="both in ms and relative to dense"):
+        searched(budget=["latency_50pct", "latency_3ms"])
+
+
+def test_energy_is_not_promised_yet() -> None:
+    with pytest.raises(InputError, match="energy_mj cannot be measured yet; budgets may limit macs"):
+        searched(budget="energy_50pct")
+
+
+@pytest.mark.slow
+def test_an_unreachable_budget_ends_with_the_smallest_measured(folder: Path) -> None:
+    result = measured_search(folder, budget="latency_1us")
+    assert not result.met
+    assert result.ratios == tuple(g.levels[-1] for g in result.space.groups)
+    assert result.measured["latency_ms"].kind == "measured"
+
+
+@pytest.mark.slow
+def test_a_hanging_worker_costs_one_line_and_no_trial(
+    whole: Result, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first answer's process is made to hang: it is killed at the limit, another one gives the reading."""
+    from autoprune.meters import device
+
+    ask = device.Worker.ask
+    hung: list[int | None] = []
+
+    def slow(self: device.Worker, message: Any, **limit: Any) -> Any:
+        if message.get("plan", {}).get("settle") and not hung:
+            hung.append(self.pid)
+            return ask(self, {**message, "plan": {**message["plan"], "samples": 10**9, "seconds": 600.0}}, limit_s=2.0)
+        return ask(self, message, **limit)
+
+    monkeypatch.setattr(device.Worker, "ask", slow)
+    with caplog.at_level(logging.WARNING, "autoprune"):
+        result = measured_search(folder)
+    assert caplog.text.count("was killed; another one is started") == 1
+    unmeasured = next(i for i, t in enumerate(whole.trials) if t.candidate.measure)
+    assert [t.candidate for t in result.trials][:unmeasured] == [t.candidate for t in whole.trials][:unmeasured]
+    assert not any(t.error for t in result.trials)
+
+
+def answer(number: int, value: float, score: float, *, decided: bool = True) -> Trial:
+    cost = Measurement(value=value, unit="ms", low=value - 0.9, high=value, kind="measured", decided=decided)
+    budget = Budget("latency_ms", 10.0, "ms")
+    return Trial(
+        number=number,
+        candidate=Candidate(ratios=(0.0,), measure=True),
+        score=score,
+        costs={"latency_ms": cost},
+        feasible=budget.met(cost),
+    )
+
+
+def test_a_disturbed_answer_comes_after_those_that_are_met() -> None:
+    budgets = (Budget("latency_ms", 10.0, "ms"),)
+    over, disturbed, met = answer(0, 11.0, 0.9), answer(1, 10.5, 0.8, decided=False), answer(2, 9.0, 0.5)
+    assert disturbed.feasible is None
+    assert _best([over, disturbed, met], budgets) is met
+    assert _best([over, disturbed], budgets) is disturbed
+    assert _best([over], budgets) is over
