@@ -18,11 +18,12 @@ import torch
 from autoprune import cli
 
 QUICK = (
-    "task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 strategy.sweep_levels=2 "
-    "strategy.refinements=0 evaluator.short.epochs=0.1 finetune.epochs=0.1"
+    "budget=flops_50pct task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 "
+    "strategy.sweep_levels=2 strategy.refinements=0 evaluator.short.epochs=0.1 finetune.epochs=0.1"
 ).split()
 UNIFORM = (
-    "task._target_=tiny.make_task strategy=uniform evaluator.images=200 evaluator.short.epochs=0.1 finetune.epochs=0.1"
+    "budget=flops_50pct task._target_=tiny.make_task strategy=uniform evaluator.images=200 evaluator.short.epochs=0.1 "
+    "finetune.epochs=0.1"
 ).split()
 
 
@@ -208,6 +209,25 @@ def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys:
     assert (folder / "ratios.yaml").exists()
 
 
+def test_a_profile_is_kept_and_found_by_the_search(capsys: pytest.CaptureFixture[str]) -> None:
+    quick = "device.processes=2 device.most_processes=2 device.samples=6 device.seconds=0.2 device.repeats=0".split()
+    small = ["networks=8", "held_out=2", "task._target_=tiny.make_task"]
+    status, out, _ = run(capsys, "profile", *small, *quick)
+    assert status == 0
+    assert "error on 2 networks" in out
+    assert "widths worth keeping" in out
+    (table,) = Path("outputs/tables").iterdir()
+    status, out, err = run(capsys, "search", *UNIFORM, "budget=latency_10s", *quick)
+    assert status == 0, err
+    assert "budget latency_10s" in out
+    assert f"cost table of torch_cpu: {table}" in err
+    assert "keeps latency_10s already" in err
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    values = json.loads((folder / "result.json").read_text())
+    assert values["device"].startswith("torch_cpu: ")
+    assert values["budgets"][0]["met"] is True
+
+
 def test_a_named_study_of_another_search_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "search", *UNIFORM, "study.name=mine")[0] == 0
     status, _, err = run(capsys, "search", *UNIFORM, "study.name=mine", "budget=flops_70pct")
@@ -240,8 +260,14 @@ def test_a_user_task_takes_its_own_arguments_without_a_plus(capsys: pytest.Captu
 def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     import optuna
 
-    line = [sys.executable, "-m", "autoprune", "search", "task.data=shipped", "finetune.epochs=0.1"]
-    line += ["evaluator.short.epochs=0", "strategy.sweep_levels=2", "evaluator.images=300", "evaluator.cache=null"]
+    line = [sys.executable, "-m", "autoprune", "search", "budget=flops_50pct", "task.data=shipped"]
+    line += [
+        "finetune.epochs=0.1",
+        "evaluator.short.epochs=0",
+        "strategy.sweep_levels=2",
+        "evaluator.images=300",
+        "evaluator.cache=null",
+    ]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
 
     def count() -> int:

@@ -12,8 +12,10 @@ import yaml
 
 from autoprune import cli, components
 from autoprune.evaluate import Scoring
+from autoprune.meters.device import Device
+from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
-from autoprune.run import Space
+from autoprune.run import Space, device_of
 from autoprune.testing import World
 
 FILES = sorted(components.CONF.rglob("*.yaml"))
@@ -62,10 +64,19 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     assert (evaluator["images"], evaluator["recalibration"]) == (scoring.images, scoring.recalibration)
     assert FineTune(**evaluator["short"]) == scoring.short
     assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FineTune(epochs=4)
-    assert read(components.CONF / "search.yaml")["space"] == dataclasses.asdict(Space())
+    search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
+    assert search["space"] == dataclasses.asdict(Space())
+    assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}
+    assert (profile["folder"], profile["networks"]) == ("outputs/tables", Profile().networks)
+    assert Device(**{k: v for k, v in components.spec("device", "torch_cpu").items() if k != "_target_"}) == Device()
 
 
-@pytest.mark.parametrize("command", ["search", "finetune"])
+@pytest.mark.parametrize("name", components.names("device"))
+def test_every_device_yaml_is_named_after_itself(name: str) -> None:
+    assert device_of(name).name == name
+
+
+@pytest.mark.parametrize("command", ["search", "profile", "finetune"])
 def test_every_command_composes(command: str) -> None:
     words = ["ratios=x.yaml"] if command == "finetune" else []
     assert cli._compose(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")

@@ -61,7 +61,9 @@ def test_a_wheel_runs_a_users_model_from_another_directory(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_the_dashboard_serves_the_study(tmp_path: Path) -> None:
-    words = "search task._target_=tiny.make_task strategy.sweep_levels=2 evaluator.images=200".split()
+    words = (
+        "search budget=flops_50pct task._target_=tiny.make_task strategy.sweep_levels=2 evaluator.images=200".split()
+    )
     assert subprocess.run([sys.executable, "-m", "autoprune", *words], check=False).returncode == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -21,7 +21,7 @@ COMMANDS = sorted({m.split("#")[0].strip() for m in re.findall(r"python -m (auto
 
 def test_there_are_commands_to_run() -> None:
     assert any("my_module.make_task" in c for c in COMMANDS)
-    assert "autoprune search budget=flops_50pct" in COMMANDS
+    assert "autoprune search budget=latency_20ms" in COMMANDS
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "…" not in c and "PATH" not in c and "--help" not in c])
@@ -61,7 +61,8 @@ def test_the_readmes_own_model_is_searched_and_its_table_reused(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_the_training_loop_example_runs(tmp_path: Path) -> None:
-    words = "search strategy=uniform task.data=shipped evaluator.short.epochs=0 finetune.epochs=0.05".split()
+    words = "search strategy=uniform budget=flops_50pct task.data=shipped".split()
+    words += ["evaluator.short.epochs=0", "finetune.epochs=0.05"]
     assert subprocess.run([sys.executable, "-m", "autoprune", *words], cwd=tmp_path, check=False).returncode == 0
     (table,) = tmp_path.rglob("ratios.yaml")
     line = [sys.executable, str(ROOT / "examples" / "train_with_table.py"), str(table)]

@@ -1,0 +1,162 @@
+"""Latency budgets, question by question: python experiments/latency/run.py QUESTION [arguments]
+
+    uniform             sensitivity against uniform at latency_20ms, 3 seeds: test accuracy recalibrated and fine-tuned
+    calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
+    half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
+    same                the same network against itself, 40 times: how often is one called faster?
+    again RUN_DIR       a run's written network measured again, in new processes
+    loaded              latency_20ms while two processes load both cores for half of the time
+
+Rows go to <question>.csv beside this file; `uniform` makes no row again that is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+import autoprune
+from autoprune.borrowing import seeded
+from autoprune.core import Task
+from autoprune.meters.device import Device
+from autoprune.meters.latency import Latency
+from autoprune.recover import FineTune, recalibrate
+from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
+
+HERE = Path(__file__).parent
+TABLES = Path(tempfile.gettempdir()) / "autoprune_tables"
+BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
+
+
+def uniform() -> None:
+    task = fashion_mnist_resnet20.make_task(data="shipped")
+    dense = correct(task.model, task)
+    path, rows = HERE / "uniform.csv", []
+    for seed in range(3):
+        right = {}
+        for strategy in ("uniform", "sensitivity"):
+            file = HERE / f"uniform_{seed}_{strategy}.npz"
+            if not file.exists():
+                final = FineTune(epochs=3)
+                began = time.time()
+                result = autoprune.search(
+                    task, budget="latency_20ms", strategy=strategy, seed=seed, final=final, tables=TABLES
+                )
+                plain = result.table.prune(task.model, task.inputs)
+                with seeded(seed):
+                    recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
+                ms = result.measured["latency_ms"]
+                values = {"seed": seed, "strategy": strategy, "met": result.met, "ms": round(ms.value, 2)}
+                values |= {"low": round(ms.low, 2), "high": round(ms.high, 2), "seconds": round(time.time() - began)}
+                before, after = correct(plain, task), correct(result.model, task)
+                values |= {"recalibrated": float(before.mean()), "fine_tuned": float(after.mean())}
+                np.savez_compressed(file, before=before, after=after)
+                append(path, values)
+            right[strategy] = np.load(file)
+        cells = [str(seed), f"{100 * dense.mean():.2f}"]
+        for when in ("before", "after"):
+            ours, theirs = (100 * right[s][when].astype(float) for s in ("sensitivity", "uniform"))
+            half = 1.96 * (ours - theirs).std() / np.sqrt(len(ours))
+            cells += [f"{theirs.mean():.2f}", f"{ours.mean():.2f}", f"{(ours - theirs).mean():+.2f} ± {half:.2f}"]
+        rows.append(cells)
+    print("| seed | dense | recalibrated: uniform | ours | difference | fine-tuned: uniform | ours | difference |")
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
+
+
+def calibrations() -> None:
+    task = fashion_mnist_resnet20.make_task(data="shipped")
+    for seed in range(5):
+        result = autoprune.search(task, budget="latency_20ms", seed=seed, final=FineTune(epochs=0), tables=TABLES)
+        answers = [t for t in result.trials if t.candidate.measure]
+        last = answers[-1]
+        values = {"seed": seed, "answers": len(answers), "feasible": last.feasible, "met": result.met}
+        errors = [t.predicted["latency_ms"] / t.costs["latency_ms"].value - 1 for t in answers]
+        values |= {"predicted_off": " ".join(f"{100 * e:+.1f}%" for e in errors)}
+        values |= {k: round(getattr(result.measured["latency_ms"], k), 2) for k in ("value", "low", "high")}
+        append(HERE / "calibrations.csv", values)
+
+
+def half(data: str = "") -> None:
+    sys.path.insert(0, str(HERE.parents[1] / "tests"))
+    from tiny import make_task
+
+    mobile = make_task()
+    batch = mobile.search[0][0].repeat(4, 1, 1, 1)  # type: ignore[index]
+    tasks = [fashion_mnist_resnet20.make_task(data="shipped")]
+    tasks += [Task(**{**vars(mobile), "name": "MobileNetV2-style", "inputs": (batch,)})]
+    tasks += [cifar10_resnet20.make_task(data=data)] if data else []
+    for task in tasks:
+        result = autoprune.search(task, budget="latency_50pct", final=FineTune(epochs=1), tables=TABLES)
+        ms, scores = result.measured["latency_ms"], result.scores
+        values = {"task": task.name, "met": result.met, "dense_ms": round(result.dense["latency_ms"].value, 2)}
+        values |= {"of_dense": ms.notes[1], "test_dense": scores.test_dense, "test": scores.test_recovered}
+        append(HERE / "half.csv", values)
+
+
+def same(times: str = "40") -> None:
+    task = fashion_mnist_resnet20.make_task(data="shipped")
+    device = Device(seconds=1.0, most_processes=5)
+    for i in range(int(times)):
+        found = Latency(device, seed=i).ratio(task.model, task.model, task.inputs)
+        values = {"ratio": round(found.value, 4), "low": round(found.low, 4), "high": round(found.high, 4)}
+        append(HERE / "same.csv", values | {"faster": found.high < 1, "slower": found.low > 1})
+
+
+def again(run: str) -> None:
+    folder = Path(run)
+    task = fashion_mnist_resnet20.make_task(data="shipped")
+    table = autoprune.RatioTable.load(folder / "ratios.yaml")
+    model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
+    then = json.loads((folder / "result.json").read_text())["costs"]["latency_ms"]["measured"]
+    now = autoprune.latency(model, task.inputs, seed=1)
+    values = {"then": round(then["value"], 2), "then_high": round(then["high"], 2), "now": round(now.value, 2)}
+    values |= {"now_low": round(now.low, 2), "now_high": round(now.high, 2)}
+    append(HERE / "again.csv", values | {"apart": f"{100 * (now.value / then['value'] - 1):+.1f} %"})
+
+
+def loaded() -> None:
+    """Runs the command itself, twice: loads of 50 ms and of 3 s."""
+    for spell in ("0.05", "3"):
+        others = [subprocess.Popen([sys.executable, "-c", BUSY.format(spell)]) for _ in range(2)]
+        try:
+            words = "search budget=latency_20ms finetune.epochs=0.1 evaluator.images=300 strategy.sweep_levels=3"
+            done = subprocess.run([sys.executable, "-m", "autoprune", *words.split()], capture_output=True, text=True)
+        finally:
+            for other in others:
+                other.kill()
+        verdict = next((line for line in done.stdout.splitlines() if line.startswith("budget")), done.stderr[-200:])
+        append(HERE / "loaded.csv", {"spells_s": spell, "exit": done.returncode, "said": verdict})
+
+
+def correct(model: nn.Module, task: Task) -> NDArray[np.bool_]:
+    """Which test images are classified correctly."""
+    model.eval()
+    with torch.inference_mode():
+        return np.concatenate([(model(x).argmax(1) == y).numpy() for x, y in task.test])
+
+
+def append(path: Path, values: dict[str, Any]) -> None:
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(values))
+        if new:
+            writer.writeheader()
+        writer.writerow(values)
+    print(values, flush=True)
+
+
+if __name__ == "__main__":
+    questions = {f.__name__: f for f in (uniform, calibrations, half, same, again, loaded)}
+    questions[sys.argv[1]](*sys.argv[2:])
