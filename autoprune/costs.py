@@ -167,8 +167,8 @@ def table_for(
 def layer_times(device: Device, models: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[dict[str, float]]:
     """Milliseconds of every layer of each model, medians of 20 passes in one warm process."""
     with warm(device) as worker:
-        answer = worker.ask({"do": "time", "models": [packed(m, inputs) for m in models], "layer_passes": 20})
-    return [{name: row["ms"] for name, row in layers.items()} for layers in answer["layers"]]
+        answers = [worker.ask({"do": "time", "layers_of": packed(m, inputs), "layer_passes": 20}) for m in models]
+    return [{name: row["ms"] for name, row in answer["layers"].items()} for answer in answers]
 
 
 def _merged(stairs: Sequence[float], even: Sequence[float], most: int) -> tuple[float, ...]:

@@ -1,9 +1,9 @@
 """The cost table of a device: whole networks of many widths measured once, and the cost model fitted to them.
 
-Networks are measured in one warm process, each interleaved with the same reference network: the machine's slow and fast
-spells cancel in the ratio. The dense network is measured like a verdict, in fresh processes; it anchors the table.
-Half of the widths are drawn at multiples of 8 or 16, where stairs have their edges. Networks that were not fitted tell
-how wrong the table is.
+Networks are measured in one warm process, each pass beside one of the same reference network: the machine's slow and
+fast spells cancel in the ratio of the two. The dense network is measured like a verdict, in fresh processes; it anchors
+the table. Half of the widths are drawn at multiples of 8 or 16, where stairs have their edges. Networks that were not
+fitted tell how wrong the table is.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from autoprune.core import Floats
 
 SCHEMA = 1
+PASSES = 10
 LOG = logging.getLogger("autoprune")
 Cut = Callable[[Sequence[int]], "nn.Module"]
 
@@ -192,7 +193,7 @@ def build(
     samples: list[Sample | None] = []
     kinds: dict[str, str] = {}
     with warm(meter.device) as worker:
-        reference = packed(cut([max(1, n // 2) for n in sizes]), inputs)
+        reference = packed(cut([max(1, n // 3) for n in sizes]), inputs)
         spells: list[float] = []
         for i, widths in enumerate(kept):
             try:
@@ -201,12 +202,11 @@ def build(
                 LOG.warning("a network of the cost table could not be measured and is left out: %s", error)
                 samples.append(None)
                 continue
-            own, other = (float(np.median(row["wall_ms"])) for row in answer["rows"])
-            layers = answer["layers"][0]
-            spells.append(other)
-            samples.append(
-                Sample(tuple(widths), own / other, {name: row["ms"] / other for name, row in layers.items()})
-            )
+            own, other = (np.array(row["wall_ms"]) for row in answer["rows"])
+            spell, layers = float(np.median(other)), answer["layers"]
+            spells.append(spell)
+            each = {name: row["ms"] / spell for name, row in layers.items()}
+            samples.append(Sample(tuple(widths), float(np.median(own / other)), each))
             kinds = kinds or {name: f"{row['what']} on {row['input']}" for name, row in layers.items()}
             on_step()
     fitted, tested = ([s for s in part if s] for part in (samples[: plan.networks], samples[plan.networks :]))
@@ -224,8 +224,8 @@ def build(
 
 
 def _measured(worker: WarmWorker, blobs: Sequence[bytes], device: Device, seed: int) -> dict[str, Any]:
-    plan = {**device.plan(seed), "samples": 10, "seconds": 0.3, "block": 2, "settle": False}
-    return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layer_passes": 4})
+    plan = {**device.plan(seed), "samples": PASSES, "width": math.inf, "block": 1, "settle": False}
+    return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layers_of": blobs[0], "layer_passes": 4})
 
 
 def _scaled(sample: Sample, by: float) -> Sample:

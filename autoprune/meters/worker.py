@@ -225,13 +225,13 @@ def serve(channel: Any) -> None:
                 runtime = RUNTIMES[message["runtime"]](message["device"], message["threads"])
                 channel.send({"pid": os.getpid(), **runtime.facts()})
                 continue
-            loaded = [runtime.load(blob) for blob in message["models"]]
-            answer: dict[str, Any] = {"precision": [runtime.precision(model) for model, _ in loaded]}
-            if "plan" in message:
-                calls = [runtime.call(*pair) for pair in loaded]
-                answer["rows"] = timed(calls, runtime.clock, message["plan"])
-            if message.get("layer_passes"):
-                answer["layers"] = [runtime.layers(*pair, message["layer_passes"]) for pair in loaded]
+            answer: dict[str, Any] = {}
+            if "models" in message:
+                loaded = [runtime.load(blob) for blob in message["models"]]
+                answer["precision"] = [runtime.precision(model) for model, _ in loaded]
+                answer["rows"] = timed([runtime.call(*pair) for pair in loaded], runtime.clock, message["plan"])
+            if "layers_of" in message:
+                answer["layers"] = runtime.layers(*runtime.load(message["layers_of"]), message["layer_passes"])
             channel.send(answer)
         except Exception as error:  # noqa: BLE001, what the model raises is the parent's to report
             channel.send({"error": f"{type(error).__name__}: {' '.join(str(error).split())}"})

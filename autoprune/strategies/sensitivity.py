@@ -4,7 +4,7 @@ Each group alone is cut at some of its levels and scored (MIT 6.5940's per-layer
 loss increase over the dense model on the same images, after recalibrating batch normalisation, is made monotone
 (isotonic regression) and interpolated to the other levels. The levels of least summed loss under every budget follow
 from an exact allocation (allocate.py) on the cost tables, pairs of groups included. The answer is measured; a limit
-that is missed calibrates its cost model and the allocation is solved again.
+that is missed, or kept by far, calibrates its cost model and the allocation is solved again.
 
 Deviations from the course's rule: loss instead of accuracy (smoother at equal images), an allocation instead of one
 accuracy threshold for all layers. The sum of single increases ignores how groups interact: `refinements` sweeps the
@@ -39,6 +39,7 @@ from autoprune.core import (
 )
 
 Losses = NDArray[np.float64]
+ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
 
@@ -104,7 +105,7 @@ class Sensitivity:
             for _ in range(self.attempts):
                 tried.add(answer)
                 trial = yield from self._measured(answer)
-                if trial.feasible is not False or trial.error:  # None: the measurement was disturbed
+                if trial.error or not self._worth_another(trial):
                     return
                 self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
                 answer = yield from self._best_of(tables)
@@ -112,6 +113,13 @@ class Sensitivity:
                     return
         except InfeasibleError:
             yield from self._measured(smallest)
+
+    def _worth_another(self, trial: Trial) -> bool:
+        """Whether a budget is exceeded, or all are kept with so much room that a larger network would do; not after a
+        disturbed measurement, which calibrates nothing."""
+        if trial.feasible is None:
+            return False
+        return not trial.feasible or all(trial.costs[b.cost].high < ROOM * b.limit for b in self.budgets)
 
     # ------------------------------------------------------------------------------------------------- the sweep
 

@@ -1,4 +1,4 @@
-"""Latency budgets, question by question: python experiments/latency/run.py QUESTION [arguments]
+"""Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
     uniform             sensitivity against uniform at latency_20ms, 3 seeds: test accuracy recalibrated and fine-tuned
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
