@@ -1,16 +1,20 @@
-"""Use what is the user's and leave it as it was: global random generators, a model's modes, a batch's tensors."""
+"""Use what is the user's and leave it as it was: random generators, a model's modes, a batch's tensors, a folder."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from autoprune.core import InputError
 
 
 @contextmanager
@@ -62,3 +66,14 @@ def first(batches: Any, count: int) -> list[Any]:
         if len(taken) == count:
             break
     return taken
+
+
+def check_writable(folder: Path, place: str) -> None:
+    """Raises InputError where nothing could be kept, before any time is spent; `place` names the setting."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"probe.{os.getpid()}.tmp"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"{place}={folder} cannot be written: {error.strerror}; null does without") from error

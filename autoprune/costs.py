@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from autoprune.borrowing import check_writable
 from autoprune.core import Budget, CostModel, InputError, Measurement, Meter, Progress, Task, Term
 from autoprune.meters import profile
 from autoprune.meters.counts import COUNTED, weight_bytes
@@ -135,6 +136,8 @@ def table_for(
     refresh: bool = False,
 ) -> CostTable:
     """The cost table of this task's model on a device: the one in the folder, or a new one that is kept there."""
+    if folder is not None:
+        check_writable(folder, "profile.folder")
     with warm(meter.device) as worker:
         facts = profile.key(meter.device, traced.fingerprint, task.inputs, worker.facts)
     known = None if folder is None or refresh else profile.load(folder, facts)

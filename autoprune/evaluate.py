@@ -98,8 +98,6 @@ class Evaluator:
             self.recalibration = to_device(first(task.train, scoring.recalibration), device)
         self._dense: Scored | None = None
         self.hits = self.evaluations = 0
-        if cache is not None:
-            _check_writable(cache)
 
     def __call__(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         for number, candidate in batch:
@@ -331,16 +329,6 @@ def _write_cached(path: Path | None, scored: Scored) -> None:
         temporary.replace(path)
     except OSError as error:  # a score is worth more than its copy
         logging.getLogger("autoprune").warning("the cache in %s cannot be written: %s", path.parent, error)
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe.{os.getpid()}.tmp"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"evaluator.cache={folder} cannot be written: {error.strerror}; null does without") from error
 
 
 def _count(batches: Any) -> int | None:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from autoprune import components, costs, loop
 from autoprune import final as last_steps
-from autoprune.borrowing import first, seeded
+from autoprune.borrowing import check_writable, first, seeded
 from autoprune.checks import check_place, check_seed, check_task
 from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial
 from autoprune.costs import Costs
@@ -32,7 +32,7 @@ from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
 from autoprune.recover import FineTune, recalibrate
 from autoprune.result import LayerTime, Result, Scores
 from autoprune.space import trace
-from autoprune.study import Study
+from autoprune.study import Study, check_storage
 from autoprune.traced import TracedModel
 
 LOG = logging.getLogger("autoprune")
@@ -92,11 +92,15 @@ def search(
     }
     build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
     rank: Criterion = components.bind(chosen["criterion"], "criterion", task.model, (), batches=(), loss=None, seed=0)
+    if cache is not None:
+        check_writable(Path(cache), "evaluator.cache")
+    check_storage(storage)
     check_task(task)
 
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, **asdict(space))
     progress.say(_summary(task, traced))
+    _check_settings(build, traced, seed)
     prices = costs.priced(
         task,
         traced,
@@ -202,6 +206,20 @@ def device_of(value: str | Mapping[str, Any] | Device) -> Device:
     if not isinstance(made, Device):
         raise InputError(f"device: {value} gives a {type(made).__name__}, it must be an autoprune Device")
     return made
+
+
+def _check_settings(build: Callable[..., Strategy], traced: TracedModel, seed: int) -> None:
+    """Let a strategy refuse its settings before anything is measured: built once without a budget.
+
+    Raises:
+        InputError: what the strategy says of its settings; any other trouble waits until it is built in earnest.
+    """
+    try:
+        build(traced.space, (), {}, seed=seed)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001, a strategy may need a budget
+        LOG.debug("%s without a budget: %s", build, error)
 
 
 def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,11 @@ class Study:
         self._costs = list(dict.fromkeys(b.cost for b in budgets))
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * len(self._costs)]
-        try:
+        with _usable(storage):
             self._study = optuna.create_study(
                 storage=_open(storage), study_name=name, directions=directions, load_if_exists=True
             )
             self._check(json.loads(json.dumps({"schema": SCHEMA, **fingerprint})))
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError) as error:
-            first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-            raise InputError(f"study.storage={storage} cannot be used: {first}") from error
 
     def _check(self, fingerprint: dict[str, Any]) -> None:
         known = self._study.user_attrs.get("fingerprint")
@@ -105,6 +103,22 @@ class Study:
                 user_attrs=attributes | ({"error": trial.error} if failed else {"feasible": trial.feasible}),
             )
         )
+
+
+def check_storage(storage: str | None) -> None:
+    """Raises InputError where no study could be kept, before any time is spent on one."""
+    with _usable(storage):
+        _open(storage).get_all_studies()
+
+
+@contextmanager
+def _usable(storage: str | None) -> Iterator[None]:
+    """Errors of the storage inside are the user's."""
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError) as error:
+        first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
+        raise InputError(f"study.storage={storage} cannot be used: {first}") from error
 
 
 def _open(storage: str | None) -> optuna.storages.BaseStorage:

@@ -60,7 +60,7 @@ def needs(depth): return depth
         ("search device.thread=2", "did you mean 'device.threads'?"),
         ("search device.threads=0", "device=torch_cpu: threads >= 1 must hold, got threads=0"),
         ("search device.threads=two", "device.threads must be a whole number, got 'two'"),
-        ("search device._target_=tiny.make_task", "it must be an autoprune Device"),
+        ("search device._target_=tiny.make_task", "tiny.make_task does not take these arguments"),
         ("search profile.networks=3", "networks must be >= 8"),
         ("search task._target_=tiny.make_task profile.folder=a_file", "profile.folder=a_file cannot be written"),
         ("profile device.place=warp task._target_=tiny.make_task", "device=torch_cpu is not there"),
@@ -75,7 +75,10 @@ def needs(depth): return depth
         ("search evaluator.cache=5", "evaluator.cache must be text"),
         ("search finetune.momentum=-1", "0 <= momentum < 1 must hold, got momentum=-1"),
         ("search strategy=uniform strategy.attempts=0", "attempts must be >= 1"),
-        ("search strategy.recovery=shrot task._target_=tiny.make_task", "recovery must be one of short, probe, none"),
+        (
+            "search strategy.recovery=shrot task._target_=tiny.make_task budget=flops_50pct",
+            "recovery must be one of short, probe, none",
+        ),
         ("search task._target_=tiny.make_task evaluator.cache=a_file", "evaluator.cache=a_file cannot be written"),
         ("search +strategy.magic=3", "does not take these arguments"),
         ("search budget", "'budget' is not key=value"),
@@ -166,8 +169,9 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
-    if command != "report":
-        assert "epochs: 4" in out
+    assert {"search": "epochs: 4", "profile": "held_out: 30", "finetune": "epochs: 4", "report": "RUN_DIR"}[
+        command
+    ] in out
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -150,19 +150,11 @@ def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
 
 
 def save(folder: Path, table: CostTable) -> Path:
-    """Write a table, whole or not at all.
-
-    Raises:
-        InputError: the folder cannot be written.
-    """
+    """Write a table, whole or not at all."""
     path = path_of(folder, table.facts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(table.to_json()))
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"profile.folder={folder} cannot be written: {error.strerror}") from error
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(table.to_json()))
+    temporary.replace(path)
     return path
 
 

@@ -57,7 +57,8 @@ def uniform() -> None:
                 with seeded(seed):
                     recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
                 ms = result.measured["latency_ms"]
-                values = {"seed": seed, "strategy": strategy, "met": result.met, "ms": round(ms.value, 2)}
+                values: dict[str, Any] = {"seed": seed, "strategy": strategy, "met": result.met}
+                values |= {"ms": round(ms.value, 2)}
                 values |= {"low": round(ms.low, 2), "high": round(ms.high, 2), "seconds": round(time.time() - began)}
                 before, after = correct(plain, task), correct(result.model, task)
                 values |= {"recalibrated": float(before.mean()), "fine_tuned": float(after.mean())}
@@ -81,7 +82,7 @@ def calibrations() -> None:
         result = autoprune.search(task, budget="latency_20ms", seed=seed, final=FineTune(epochs=0), tables=TABLES)
         answers = [t for t in result.trials if t.candidate.measure]
         last = answers[-1]
-        values = {"seed": seed, "answers": len(answers), "feasible": last.feasible, "met": result.met}
+        values: dict[str, Any] = {"seed": seed, "answers": len(answers), "feasible": last.feasible, "met": result.met}
         errors = [t.predicted["latency_ms"] / t.costs["latency_ms"].value - 1 for t in answers]
         values |= {"predicted_off": " ".join(f"{100 * e:+.1f}%" for e in errors)}
         values |= {k: round(getattr(result.measured["latency_ms"], k), 2) for k in ("value", "low", "high")}
@@ -100,7 +101,11 @@ def half(data: str = "") -> None:
     for task in tasks:
         result = autoprune.search(task, budget="latency_50pct", final=FineTune(epochs=1), tables=TABLES)
         ms, scores = result.measured["latency_ms"], result.scores
-        values = {"task": task.name, "met": result.met, "dense_ms": round(result.dense["latency_ms"].value, 2)}
+        values: dict[str, Any] = {
+            "task": task.name,
+            "met": result.met,
+            "dense_ms": round(result.dense["latency_ms"].value, 2),
+        }
         values |= {"of_dense": ms.notes[1], "test_dense": scores.test_dense, "test": scores.test_recovered}
         append(HERE / "half.csv", values)
 
