@@ -60,6 +60,7 @@ def whole(folder: Path) -> Result:
     return measured_search(folder, readings=folder / "readings.jsonl")
 
 
+@pytest.mark.slow
 def test_a_measured_budget_from_profile_to_verdict(whole: Result, folder: Path, tmp_path: Path) -> None:
     result = whole
     latency = result.measured["latency_ms"]

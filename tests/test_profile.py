@@ -96,7 +96,7 @@ class Narrow(nn.Module):
         self.first, self.second = nn.Conv2d(3, 32, 3), nn.Conv2d(32, 4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.first.out_channels < 12:
+        if self.first.out_channels < 8:
             raise RuntimeError("too narrow for this device")
         out: torch.Tensor = self.second(self.first(x).relu())
         return out
