@@ -307,10 +307,9 @@ class Budget:
 
     def met(self, cost: Measurement) -> bool | None:
         """True or False once counted, measured or modelled; None for a prediction, which decides nothing, and for a
-        disturbed measurement whose interval holds the limit."""
-        if cost.kind == "predicted" or (not cost.decided and cost.low <= self.limit < cost.high):
-            return None
-        return self.slack(cost) >= 0
+        disturbed measurement that is not wholly below the limit: others can only have made it slower."""
+        within = self.slack(cost) >= 0
+        return None if cost.kind == "predicted" or not (cost.decided or within) else within
 
 
 @dataclass(frozen=True)

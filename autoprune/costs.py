@@ -40,6 +40,11 @@ class Costs:
     limits: tuple[Budget, ...]
     table: CostTable | None = None
 
+    def steered(self, margin: float) -> tuple[Budget, ...]:
+        """The limits that a strategy aims at: below a measured one by the margin, as the final network is measured
+        again and may read a little more."""
+        return tuple(replace(b, limit=b.limit * (1 - margin)) if b.cost in MEASURED else b for b in self.limits)
+
     @property
     def already_met(self) -> bool:
         """Whether the dense network keeps every budget."""
@@ -139,10 +144,10 @@ def table_for(
     if folder is not None:
         check_writable(folder, "profile.folder")
     with warm(meter.device) as worker:
-        facts = profile.key(meter.device, traced.fingerprint, task.inputs, worker.facts)
+        facts = profile.key(meter.device, task.model, task.inputs, traced.space, worker.facts)
     known = None if folder is None or refresh else profile.load(folder, facts)
     if known is not None:
-        progress.say(f"cost table of {meter.device.name}: {profile.path_of(folder, facts)}")  # type: ignore[arg-type]
+        progress.say(f"{_accuracy(known, traced, meter.device)} (kept in {folder})")
         return known
     progress.stage(f"measuring networks on {meter.device.name}", plan.networks + plan.held_out)
     table = profile.build(
@@ -157,14 +162,18 @@ def table_for(
         seed=seed,
         on_step=progress.step,
     )
-    if folder is not None:
+    if folder is not None and table.dense.decided:  # one made under load would mislead every search after it
         profile.save(folder, table)
+    progress.say(_accuracy(table, traced, meter.device))
+    return table
+
+
+def _accuracy(table: CostTable, traced: TracedModel, device: Device) -> str:
     errors = table.errors(traced.space)
-    progress.say(
-        f"cost table of {meter.device.name}: error on {len(errors)} networks it was not fitted to: median "
+    return (
+        f"cost table of {device.name}: error on {len(errors)} networks it was not fitted to: median "
         f"{100 * np.median(errors):.1f} %, 90th percentile {100 * np.quantile(errors, 0.9):.1f} %"
     )
-    return table
 
 
 def layer_times(device: Device, models: Sequence[nn.Module], inputs: tuple[Tensor, ...]) -> list[dict[str, float]]:

@@ -202,7 +202,7 @@ class Evaluator:
             ),
             costs=costs,
             predicted=expected if candidate.measure else {},
-            feasible=None if None in met else all(met),
+            feasible=False if False in met else None if None in met else True,
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
         )

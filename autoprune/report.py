@@ -228,7 +228,7 @@ def _amount(value: float) -> str:
 
 def _with_interval(row: Mapping[str, Any]) -> str:
     """A value, with its interval where that has a width."""
-    if row["low"] == row["high"]:
+    if row.get("low") == row.get("high"):
         return _amount(row["value"])
     return f"{_amount(row['value'])} [{_amount(row['low'])}, {_amount(row['high'])}]"
 
@@ -320,6 +320,7 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
     environment = Environment(loader=PackageLoader("autoprune", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters.update(amount=_amount, percent=_percent, points=_points, interval=_with_interval)
     curves = sensitivity_curves(values["groups"], trials)
+    values = {"cost_table": {"held_out": [], "answers": []}, "layers": [], **values}  # absent in older runs
     return environment.get_template("report.html.j2").render(
         values=values,
         ratios=_ratios_svg(values),

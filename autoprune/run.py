@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def search(
 
     budget: one or several, see Budget.parse. strategy, criterion, device: a name in conf/, or a mapping with `_target_`
     and keyword arguments; device is where latency is measured. profile: how the device's cost table is made where the
-    folder `tables` has none. storage: an Optuna storage URL; the same search on the same study goes on where it ended.
+    folder `tables` has none; without that folder a search under a measured budget cannot be resumed, as its table is
+    measured anew. storage: an Optuna storage URL; the same search on the same study goes on where it ended.
     None keeps the record in memory. study_name: by default made of task, strategy, budget, seed and fingerprint.
     cache: a folder for scores shared by searches. readings: a file that every raw latency sample is appended to.
 
@@ -130,17 +132,18 @@ def search(
     )
     trials: tuple[Trial, ...] = ()
     name = ""
-    if prices.already_met:
+    dense_now = evaluator.measured(evaluator.dense_model) if prices.already_met else {}
+    if prices.already_met and all(limit.met(dense_now[limit.cost]) for limit in prices.limits):
         answer = Trial(number=0, candidate=Candidate(ratios=traced.space.dense()), score=evaluator.dense().score)
         model = copy.deepcopy(evaluator.dense_model)
         for text, limit in zip(asked, prices.limits, strict=True):
-            progress.say(_already(text, limit, prices.dense[limit.cost]))
+            progress.say(_already(text, limit, dense_now[limit.cost]))
     else:
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
         limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
-        planner: Strategy = build(prices.traced.space, prices.limits, limited, seed=seed)
+        planner: Strategy = build(prices.traced.space, prices.steered(target.precision), limited, seed=seed)
         trials = _converse(planner, evaluator, study, progress)
         answer = _best(trials, prices.limits)
         model = _recovered(evaluator, answer, final, seed=seed, progress=progress)
@@ -154,6 +157,7 @@ def search(
         chosen=chosen,
         device=target,
         progress=progress,
+        known={} if trials else dense_now,
         trials=trials,
         study=name,
         storage=storage,
@@ -225,6 +229,8 @@ def _check_settings(build: Callable[..., Strategy], traced: TracedModel, seed: i
 def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:
     """The loop, with the study as its record and its memory."""
     history = study.trials()
+    undecided = (i for i, t in enumerate(history) if t.candidate.measure and t.feasible is None)
+    history = history[: next(undecided, len(history))]  # what was disturbed or failed is measured again
     if history:
         progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
     return loop.search(
@@ -256,16 +262,18 @@ def _result(
     chosen: Mapping[str, Mapping[str, Any]],
     device: Device,
     progress: Progress,
+    known: Mapping[str, Measurement],
     began: float,
     **record: Any,
 ) -> Result:
-    """Measure and test the final network, and put down all that is known of it."""
+    """Measure and test the final network, and put down all that is known of it. known: its costs where they have been
+    measured just now."""
     task, ratios, scored = evaluator.task, answer.candidate.ratios, evaluator.scored(model)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = last_steps.test(task, [evaluator.dense_model, model])
-    if prices.table is not None:
+    if prices.table is not None and not known:
         progress.stage(f"measuring the answer on {device.name}", None)
-    measured = dict(prices.dense) if prices.already_met else evaluator.measured(model)
+    measured = known or _measured(evaluator, model, answer)
     sign = -1.0 if task.metric.higher_is_better is False else 1.0
     named = {group: components.named(group, values) for group, values in chosen.items()}
     place = evaluator.scoring.device
@@ -308,6 +316,21 @@ def _result(
         seconds=time.perf_counter() - began,
         **record,
     )
+
+
+def _measured(evaluator: Evaluator, model: nn.Module, answer: Trial) -> Mapping[str, Measurement]:
+    """Every cost of the final network; where its device fails now, what its trial measured, which decides nothing."""
+    try:
+        return evaluator.measured(model)
+    except MeasuringError as error:
+        LOG.warning("the final network could not be measured: %s", error)
+        if not answer.costs:
+            raise
+        note = f"the final network could not be measured ({error}); this is its trial's"
+        return {
+            name: replace(m, decided=False, high=math.inf, notes=(note, *m.notes)) if m.kind == "measured" else m
+            for name, m in answer.costs.items()
+        }
 
 
 def _layers(device: Device, evaluator: Evaluator, model: nn.Module) -> tuple[LayerTime, ...]:

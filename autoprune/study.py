@@ -75,7 +75,9 @@ class Study:
         for frozen in self._study.get_trials(deepcopy=False):
             if "trial" in frozen.user_attrs:
                 trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
-                found.setdefault(trial.number, trial)
+                if trial.number in found:  # recorded anew from here on, see run.py
+                    found = {number: known for number, known in found.items() if number < trial.number}
+                found[trial.number] = trial
         ordered: list[Trial] = []
         while len(ordered) in found:
             ordered.append(found[len(ordered)])

@@ -13,6 +13,8 @@ import os
 import shlex
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -99,20 +101,25 @@ class Worker:
         from autoprune.meters import worker
 
         self.device = device
+        self.pid: int | None = None
         self._group = execnet.Group()
         threads = {"OMP_NUM_THREADS": device.threads, "MKL_NUM_THREADS": device.threads}
         words = ["env", *(f"{name}={value}" for name, value in (ENVIRONMENT | threads).items()), sys.executable]
-        self._channel = self._group.makegateway(f"popen//python={shlex.join(words)}").remote_exec(worker)
         start = {"do": "start", "runtime": device.runtime, "device": device.place, "threads": device.threads}
-        self.pid: int | None = None
         try:
-            self.facts = self.ask({**start, "path": list(sys.path)}, limit_s=START_LIMIT_S)
+            self._channel = self._group.makegateway(f"popen//python={shlex.join(words)}").remote_exec(worker)
+            self.facts = self.ask({**start, "path": [str(p) for p in sys.path]}, limit_s=START_LIMIT_S)
         except WorkerLostError:
-            self.close()
             raise
         except MeasuringError as error:
             self.close()
             raise InputError(f"device={device.name} is not there: {error}") from error
+        except (EOFError, OSError) as error:
+            self.close()
+            raise WorkerLostError(f"a measuring worker could not be started ({error})") from error
+        except BaseException:
+            self.close()
+            raise
         self.pid = self.facts.pop("pid")
 
     def ask(self, message: Mapping[str, Any], *, limit_s: float | None = None) -> dict[str, Any]:
@@ -123,25 +130,33 @@ class Worker:
             MeasuringError: the network raised; the process lives on.
         """
         limit = limit_s or self.device.limit_s
+        watchdog = threading.Timer(limit, self._kill)  # sending blocks too, where the other side does not read
+        watchdog.daemon = True
+        watchdog.start()
+        began = time.monotonic()
         try:
             self._channel.send(dict(message))
             answer: dict[str, Any] = self._channel.receive(limit)
-        except self._channel.TimeoutError:
+        except (EOFError, OSError, self._channel.TimeoutError, self._channel.RemoteError) as error:
             self.close()
-            raise WorkerLostError(f"a measuring worker gave no answer within {limit:g} s and was killed") from None
-        except (EOFError, OSError, self._channel.RemoteError) as error:
-            self.close()
+            if time.monotonic() - began >= limit:
+                raise WorkerLostError(f"a measuring worker gave no answer within {limit:g} s and was killed") from None
             raise WorkerLostError(f"a measuring worker died ({' '.join(str(error).split())[:200]})") from None
+        finally:
+            watchdog.cancel()
         if "error" in answer:
             raise MeasuringError(answer["error"])
         return answer
 
-    def close(self) -> None:
-        """End the process, at once."""
+    def _kill(self) -> None:
         if self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            self.pid = None
+
+    def close(self) -> None:
+        """End the process, at once."""
+        self._kill()
+        self.pid = None
         self._group.terminate(timeout=1.0)
 
     def __enter__(self) -> Worker:

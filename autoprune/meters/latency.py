@@ -87,7 +87,7 @@ class Latency:
             unit=self.unit,
             low=found[1],
             high=found[2],
-            samples=sum(len(passes) for passes in wall[0]),
+            samples=sum(len(p["rows"][0]["wall_ms"]) for p in processes),
             device=described(self.device, processes[0]["facts"]),
             kind="measured",
             notes=notes,
@@ -149,8 +149,14 @@ def disturbed(row: Mapping[str, Any], device: Device) -> bool:
 
 
 def _passes(processes: Sequence[Mapping[str, Any]], clock: str) -> list[list[Floats]]:
-    """What a clock read: for each network, for each process, its passes [N]."""
-    return [[np.array(row[clock]) for row in rows] for rows in zip(*(p["rows"] for p in processes), strict=True)]
+    """What a clock read: for each network, for each process, its passes [N], as many of each: a process that did not
+    settle made more of them, and is not to count for more."""
+    networks = list(zip(*(p["rows"] for p in processes), strict=True))
+    counts = [min(len(row[clock]) for row in rows) for rows in networks]
+    return [
+        [np.array(row[clock])[np.linspace(0, len(row[clock]) - 1, n).round().astype(int)] for row in rows]
+        for rows, n in zip(networks, counts, strict=True)
+    ]
 
 
 def described(device: Device, facts: Mapping[str, Any]) -> str:

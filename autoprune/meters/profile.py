@@ -14,8 +14,10 @@ import json
 import logging
 import math
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +121,26 @@ class CostTable:
         )
 
 
-def key(device: Device, architecture: str, inputs: Sequence[Tensor], facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table is for: device, runtime, threads, versions, model and the shape of its inputs."""
-    shapes = [[list(x.shape), str(x.dtype)] for x in inputs]
-    return {"schema": SCHEMA, **settings(device), **facts, "architecture": architecture, "inputs": shapes}
+def key(
+    device: Device,
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    space: PruningSpace,
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What a table is for: device, runtime, threads, versions, model, the form of its inputs, the widths covered."""
+    forms = [[list(x.shape), list(x.stride()), str(x.dtype)] for x in inputs]
+    groups = [[g.name, g.size, g.kept(g.levels[-1])] for g in space.groups]
+    weights = [[name, list(p.shape), list(p.stride()), str(p.dtype)] for name, p in model.named_parameters()]
+    content = json.dumps([repr(model), weights, forms, groups])
+    return {
+        "schema": SCHEMA,
+        "autoprune": version("autoprune"),
+        "machine": platform.node(),
+        **settings(device),
+        **facts,
+        "model, inputs and groups": hashlib.sha256(content.encode()).hexdigest()[:16],
+    }
 
 
 def path_of(folder: Path, facts: Mapping[str, Any]) -> Path:
@@ -184,6 +202,7 @@ def build(
     kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
     samples: list[Sample | None] = []
     kinds: dict[str, str] = {}
+    sides = _sides(weights)
     with warm(meter.device) as worker:
         reference = packed(cut([max(1, n // 3) for n in sizes]), inputs)
         spells: list[float] = []
@@ -199,7 +218,7 @@ def build(
             spells.append(spell)
             each = {name: row["ms"] / spell for name, row in layers.items()}
             samples.append(Sample(tuple(widths), float(np.median(own / other)), each))
-            kinds = kinds or {name: f"{row['what']} on {row['input']}" for name, row in layers.items()}
+            kinds = kinds or {name: f"{row['what']} on {row['input']}" for name, row in layers.items() if name in sides}
             on_step()
     fitted, tested = ([s for s in part if s] for part in (samples[: plan.networks], samples[plan.networks :]))
     if samples[0] is None or len(fitted) < plan.networks / 2 or not tested:
@@ -209,7 +228,7 @@ def build(
         dense=dense,
         samples=tuple(_scaled(sample, typical) for sample in (*fitted, *tested)),
         held_out=len(tested),
-        sides={name: _sides(name, weights) for name in kinds},
+        sides={name: sides[name] for name in kinds},
         kinds=kinds,
         facts=facts,
     )
@@ -225,10 +244,19 @@ def _scaled(sample: Sample, by: float) -> Sample:
     return dataclasses.replace(sample, total=sample.total * by, layers=layers)
 
 
-def _sides(layer: str, weights: Mapping[str, tuple[Width, Width]]) -> tuple[Width, Width]:
-    """The widths of a layer's largest parameter: its weight."""
-    own = {name: pair for name, pair in weights.items() if name.rpartition(".")[0] == layer}
-    return own.get(f"{layer}.weight" if layer else "weight") or next(iter(own.values()))
+def _sides(weights: Mapping[str, tuple[Width, Width]]) -> dict[str, tuple[Width, Width]]:
+    """Layer -> the widths of its largest parameter. A layer whose parameters are all another's (tied weights) has none:
+    what it takes goes to the base."""
+
+    def full(pair: tuple[Width, Width]) -> float:
+        return math.prod(fixed + sum(of.values()) for fixed, of in pair)
+
+    found: dict[str, tuple[Width, Width]] = {}
+    for name, pair in weights.items():
+        layer = name.rpartition(".")[0]
+        if layer not in found or full(pair) > full(found[layer]):
+            found[layer] = pair
+    return found
 
 
 def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:

@@ -96,8 +96,10 @@ class Sensitivity:
     def _converse(self) -> Generator[list[Candidate], Sequence[Trial], None]:
         smallest = tuple(len(g.levels) - 1 for g in self.space.groups)
         if any(self.costs[b.cost].predict(self._ratios(smallest)) > b.limit for b in self.budgets):
-            yield from self._measured(smallest)  # nothing keeps the budgets: the closest there is
-            return
+            trial = yield from self._measured(smallest)  # nothing seems to keep the budgets: the closest there is
+            if trial.error or not (trial.feasible and self._worth_another(trial)):
+                return
+            self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         losses = self._analysed((yield self._sweep()))
         try:
             answer, tables = yield from self._refined(self._allocated(losses), losses)
