@@ -23,6 +23,7 @@ from autoprune.traced import TracedModel
 
 COUNTING: dict[str, Meter] = {name: meter() for name, meter in COUNTED.items()}
 MEASURED = ("latency_ms",)
+LARGEST_MARGIN = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Costs:
     """All that is known of costs before a search begins.
 
     traced: the model with the levels that the costs make worth having. dense, meters, models: by the cost's name.
-    limits: the budgets in the costs' own units. table: the device's cost table where something is measured.
+    limits: the budgets in the costs' own units. table: the device's cost table where something is measured. margin:
+    the fraction of a measured limit that the next measurement may differ by.
     """
 
     traced: TracedModel
@@ -39,11 +41,13 @@ class Costs:
     models: Mapping[str, CostModel]
     limits: tuple[Budget, ...]
     table: CostTable | None = None
+    margin: float = 0.0
 
-    def steered(self, margin: float) -> tuple[Budget, ...]:
+    @property
+    def steered(self) -> tuple[Budget, ...]:
         """The limits that a strategy aims at: below a measured one by the margin, as the final network is measured
-        again and may read a little more."""
-        return tuple(replace(b, limit=b.limit * (1 - margin)) if b.cost in MEASURED else b for b in self.limits)
+        again and may read more."""
+        return tuple(replace(b, limit=b.limit * (1 - self.margin)) if b.cost in MEASURED else b for b in self.limits)
 
     @property
     def already_met(self) -> bool:
@@ -126,7 +130,9 @@ def priced(
     meters["latency_ms"] = meter.against(Reference(task.model, table.dense)) if relative else meter
     models: dict[str, CostModel] = counted_models(task, traced, dense)
     models["latency_ms"] = table.cost(traced.space)
-    return Costs(traced=traced, dense=dense, meters=meters, models=models, limits=limits, table=table)
+    spread = 0.0 if relative else table.dense.high / table.dense.value - 1  # a ratio is spared the machine's spells
+    margin = min(max(device.precision, spread), LARGEST_MARGIN)
+    return Costs(traced=traced, dense=dense, meters=meters, models=models, limits=limits, table=table, margin=margin)
 
 
 def table_for(

@@ -143,7 +143,7 @@ def search(
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
         limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
-        planner: Strategy = build(prices.traced.space, prices.steered(target.precision), limited, seed=seed)
+        planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)
         trials = _converse(planner, evaluator, study, progress)
         answer = _best(trials, prices.limits)
         model = _recovered(evaluator, answer, final, seed=seed, progress=progress)

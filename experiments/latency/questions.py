@@ -5,6 +5,7 @@
     half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
     same                the same network against itself, 40 times: how often is one called faster?
     again RUN_DIR       a run's written network measured again, in new processes
+    allocator           the dense network with glibc's allocator as it comes, and keeping its memory
     loaded              latency_20ms while two processes load both cores for half of the time
 
 Rows go to <question>.csv beside this file; `uniform` makes no row again that is there.
@@ -119,6 +120,18 @@ def same(times: str = "40") -> None:
         append(HERE / "same.csv", values | {"faster": found.high < 1, "slower": found.low > 1})
 
 
+def allocator() -> None:
+    from autoprune.meters import device
+
+    task = fashion_mnist_resnet20.make_task(data="shipped")
+    ours = device.ENVIRONMENT
+    for name, environment in (("keeps", ours), ("as it comes", {"OMP_WAIT_POLICY": "PASSIVE"})) * 2:
+        device.ENVIRONMENT = environment
+        found = autoprune.latency(task.model, task.inputs)
+        values: dict[str, Any] = {"allocator": name, "ms": round(found.value, 2)}
+        append(HERE / "allocator.csv", values | {"low": round(found.low, 2), "high": round(found.high, 2)})
+
+
 def again(run: str) -> None:
     folder = Path(run)
     task = fashion_mnist_resnet20.make_task(data="shipped")
@@ -163,5 +176,5 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    questions = {f.__name__: f for f in (uniform, calibrations, half, same, again, loaded)}
+    questions = {f.__name__: f for f in (uniform, calibrations, half, same, allocator, again, loaded)}
     questions[sys.argv[1]](*sys.argv[2:])
