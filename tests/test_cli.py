@@ -62,7 +62,10 @@ def needs(depth): return depth
         ("search device.threads=two", "device.threads must be a whole number, got 'two'"),
         ("search device._target_=tiny.make_task", "tiny.make_task does not take these arguments"),
         ("search profile.networks=3", "networks must be >= 8"),
-        ("search task._target_=tiny.make_task profile.folder=a_file", "profile.folder=a_file cannot be written"),
+        (
+            "search budget=latency_20ms task._target_=tiny.make_task profile.folder=a_file",
+            "profile.folder=a_file cannot be written",
+        ),
         ("profile device.place=warp task._target_=tiny.make_task", "device=torch_cpu is not there"),
         ("profile held_out=0", "held_out >= 1"),
         ("profile networks", "'networks' is not key=value"),
