@@ -27,7 +27,7 @@ from autoprune.core import InputError
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
 # OpenMP threads that wait asleep; glibc's allocator keeping its memory: by default it returns large activations to the
-# system after each pass or not, by its history, and the page faults made one ResNet-20 take 28 or 48 ms.
+# system after each pass or not, by its history, and the page faults make one ResNet-20 take 29 or 49 ms.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
 
 
