@@ -199,4 +199,4 @@ def _merged(stairs: Sequence[float], even: Sequence[float], most: int) -> tuple[
 def digestible(costs: Costs) -> dict[str, Any]:
     """What a study's fingerprint holds of the costs: counted values, and the device's table by its hash."""
     values = {name: m.value for name, m in costs.dense.items() if name in COUNTED}
-    return values | ({"cost table": costs.table.digest} if costs.table is not None else {})
+    return values | ({"cost table": costs.table.digest, "margin": costs.margin} if costs.table is not None else {})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import io
 import json
 import logging
 import math
@@ -17,7 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,18 +31,14 @@ from rich.table import Table
 
 from autoprune.core import InputError, Measurement, PruningSpace, Trial
 from autoprune.meters.fitted import stair_levels
+from autoprune.page import RATIO, amount, html, percent, points, with_interval
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from torch import nn
 
     from autoprune.final import FineTuned
     from autoprune.meters.profile import CostTable
     from autoprune.result import Result
-
-RATIO = "ratio:"
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#808080"  # apart for colour-blind eyes (Okabe & Ito, 2008)
 
 
 VERDICTS = {
@@ -118,10 +113,10 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
     console.print(_costs_table(values))
     score = values["score"]
     console.print(
-        f"{score['metric']}: test {_percent(score['test_dense'])} dense, "
-        f"{_percent(score['test_recovered'])} pruned and fine-tuned "
-        f"({_points(score['test_recovered'] - score['test_dense'])}); "
-        f"search split {_percent(score['dense'])} dense, {_percent(score['recovered'])} pruned",
+        f"{score['metric']}: test {percent(score['test_dense'])} dense, "
+        f"{percent(score['test_recovered'])} pruned and fine-tuned "
+        f"({points(score['test_recovered'] - score['test_dense'])}); "
+        f"search split {percent(score['dense'])} dense, {percent(score['recovered'])} pruned",
         highlight=False,
     )
     search = values["search"]
@@ -133,7 +128,7 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
     for budget in values["budgets"]:
         verdict = VERDICTS[budget["met"]]
         console.print(
-            f"budget {budget['asked']}: {_with_interval(budget)} of at most {_amount(budget['limit'])} "
+            f"budget {budget['asked']}: {with_interval(budget)} of at most {amount(budget['limit'])} "
             f"{budget['unit']}, {verdict}",
             highlight=False,
         )
@@ -141,7 +136,7 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
         console,
         f"files: {folder}/  (ratios.yaml, result.json, trials.csv, pruned.safetensors, report.html)",
         f"reuse: python -m autoprune finetune ratios={folder}/ratios.yaml {shlex.join(task_words)}".rstrip(),
-        *([f"look:  optuna-dashboard {result.storage}"] if result.storage else []),
+        *([f"look:  optuna-dashboard {result.storage}"] if result.storage and result.study else []),
     )
 
 
@@ -149,14 +144,13 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
     """The last screen of a fine-tune."""
     console = Console()
     costs = ", ".join(
-        f"{name} {_amount(tuned.dense[name].value)} -> {_amount(m.value)} {m.unit}"
-        for name, m in tuned.measured.items()
+        f"{name} {amount(tuned.dense[name].value)} -> {amount(m.value)} {m.unit}" for name, m in tuned.measured.items()
     )
     _lines(
         console,
         costs,
-        f"{tuned.metric}: test {_percent(tuned.test_dense)} dense, {_percent(tuned.test_recovered)} pruned and "
-        f"fine-tuned ({_points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
+        f"{tuned.metric}: test {percent(tuned.test_dense)} dense, {percent(tuned.test_recovered)} pruned and "
+        f"fine-tuned ({points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
         f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)",
     )
 
@@ -182,8 +176,8 @@ def show_profile(table: CostTable, space: PruningSpace) -> None:
         f"dense: {table.dense.value:.4g} [{table.dense.low:.4g}, {table.dense.high:.4g}] ms on {table.dense.device}",
         f"       {'; '.join(table.dense.notes)}",
         f"error on {len(errors)} networks of {min(measured):.3g} to {max(measured):.3g} ms that were not fitted: "
-        f"median {_percent(float(np.median(errors)))}, 90th percentile {_percent(float(np.quantile(errors, 0.9)))}, "
-        f"largest {_percent(float(errors.max()))}",
+        f"median {percent(float(np.median(errors)))}, 90th percentile {percent(float(np.quantile(errors, 0.9)))}, "
+        f"largest {percent(float(errors.max()))}",
     )
 
 
@@ -211,34 +205,12 @@ def _costs_table(values: Mapping[str, Any]) -> Table:
         after = row["measured"]
         table.add_row(
             f"{name} ({after['kind']})",
-            _amount(row["dense"]),
-            _amount(row["predicted"]),
-            _amount(after["value"]),
-            _percent(after["value"] / row["dense"]),
+            amount(row["dense"]),
+            amount(row["predicted"]),
+            amount(after["value"]),
+            percent(after["value"] / row["dense"]),
         )
     return table
-
-
-def _amount(value: float) -> str:
-    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= scale:
-            return f"{value / (1e3 if letter == 'k' else scale):.4g}{letter}"
-    return f"{value:.4g}"
-
-
-def _with_interval(row: Mapping[str, Any]) -> str:
-    """A value, with its interval where that has a width."""
-    if row.get("low") == row.get("high"):
-        return _amount(row["value"])
-    return f"{_amount(row['value'])} [{_amount(row['low'])}, {_amount(row['high'])}]"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f} %"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.2f} points"
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -310,124 +282,3 @@ def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> N
             row += [change.high, *(t.costs[c].value if c in t.costs else "" for c in costs)]
             row += ["" if t.feasible is None else t.feasible, t.cached, round(t.seconds, 4), t.error or ""]
             writer.writerow([*row, *t.candidate.ratios])
-
-
-# --------------------------------------------------------------------------------------------------------------- html
-
-
-def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
-    """The self-contained page of a run: result.json's content and the rows of trials.csv."""
-    environment = Environment(loader=PackageLoader("autoprune", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(amount=_amount, percent=_percent, points=_points, interval=_with_interval)
-    curves = sensitivity_curves(values["groups"], trials)
-    values = {"cost_table": {"held_out": [], "answers": []}, "layers": [], **values}  # absent in older runs
-    return environment.get_template("report.html.j2").render(
-        values=values,
-        ratios=_ratios_svg(values),
-        sensitivity=_sensitivity_svg(values, curves) if curves else "",
-        prediction=_prediction_svg(values["cost_table"]) if values["cost_table"]["held_out"] else "",
-        layers=_layers_svg(values["layers"]) if values["layers"] else "",
-    )
-
-
-def sensitivity_curves(
-    groups: Mapping[str, Any], trials: Sequence[Mapping[str, str]]
-) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Group -> (ratio, loss change, low, high) of the trials that prune that group alone, by ratio."""
-    curves: dict[str, list[tuple[float, float, float, float]]] = {}
-    for trial in trials:
-        pruned = [name for name in groups if float(trial[RATIO + name]) > 0]
-        if len(pruned) == 1 and trial["recovery"] == "probe" and not trial["error"]:
-            change = (float(trial[k]) for k in ("loss_change", "loss_change_low", "loss_change_high"))
-            value, low, high = change
-            curves.setdefault(pruned[0], []).append((float(trial[RATIO + pruned[0]]), value, low, high))
-    return {name: sorted(curves[name]) for name in groups if name in curves}
-
-
-def _ratios_svg(values: Mapping[str, Any]) -> str:
-    names = list(values["groups"])
-    figure, axes = _figure(7.5, 0.6 + 0.26 * len(names), 1, 1)
-    ratios = [values["groups"][name]["ratio"] for name in names]
-    axes[0].barh(range(len(names)), [1.0] * len(names), color=GREY, alpha=0.25, height=0.7)
-    axes[0].barh(range(len(names)), ratios, color=ORANGE, height=0.7)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    axes[0].set_xlim(0, 1)
-    axes[0].set_xlabel("ratio: fraction of units removed, in the network's order")
-    return _svg(figure)
-
-
-def _sensitivity_svg(
-    values: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[float, float, float, float]]]
-) -> str:
-    rows = math.ceil(len(curves) / 3)
-    figure, axes = _figure(9.0, 1.9 * rows + 0.4, rows, 3)
-    top = max(high for points in curves.values() for *_, high in points)
-    for axis, (name, points) in zip(axes, curves.items(), strict=False):
-        x, y, low, high = zip(*((0.0, 0.0, 0.0, 0.0), *points), strict=True)
-        axis.fill_between(x, low, high, color=BLUE, alpha=0.25, linewidth=0)
-        axis.plot(x, y, color=BLUE, marker="o", markersize=3, linewidth=1.2)
-        axis.axvline(values["groups"][name]["ratio"], color=ORANGE, linestyle="--", linewidth=1.2)
-        axis.set_yscale("symlog", linthresh=0.01)
-        axis.set_ylim(min(-0.01, min(low)), top * 1.1)
-        axis.set_xlim(0, 1)
-        axis.set_title(name, fontsize=9)
-    for axis in axes[len(curves) :]:
-        axis.set_visible(False)
-    figure.supxlabel("ratio of this group alone (dashed: chosen)", fontsize=9, color=GREY)
-    figure.supylabel("loss increase over dense, 95 % interval", fontsize=9, color=GREY)
-    return _svg(figure)
-
-
-def _prediction_svg(table: Mapping[str, Any]) -> str:
-    figure, axes = _figure(4.5, 4.2, 1, 1)
-    answers = [(a["predicted"], a["measured"]) for a in table["answers"]]
-    top = 1.05 * max(value for pair in (*table["held_out"], *answers) for value in pair)
-    axes[0].plot([0, top], [0, top], color=GREY, linewidth=0.8)
-    axes[0].plot(*zip(*table["held_out"], strict=True), "o", color=BLUE, markersize=4)
-    if answers:
-        axes[0].plot(*zip(*answers, strict=True), "x", color=ORANGE, markersize=8, markeredgewidth=2)
-    axes[0].set_xlim(0, top)
-    axes[0].set_ylim(0, top)
-    axes[0].set_xlabel("predicted ms")
-    axes[0].set_ylabel("measured ms", color=GREY)
-    return _svg(figure)
-
-
-def _layers_svg(layers: Sequence[Mapping[str, Any]]) -> str:
-    figure, axes = _figure(7.5, 0.6 + 0.2 * len(layers), 1, 1)
-    places = range(len(layers))
-    axes[0].barh(places, [row["dense_ms"] for row in layers], color=GREY, alpha=0.35, height=0.8, label="dense")
-    axes[0].barh(places, [row["pruned_ms"] for row in layers], color=ORANGE, height=0.4, label="pruned")
-    axes[0].set_yticks(places, [row["name"] for row in layers])
-    axes[0].invert_yaxis()
-    axes[0].set_xlabel("ms")
-    axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return _svg(figure)
-
-
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axis in axes:
-        axis.tick_params(colors=GREY, labelsize=8)
-        axis.xaxis.label.set_color(GREY)
-        axis.title.set_color(GREY)
-        axis.patch.set_alpha(0)
-        for side, spine in axis.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-    figure.patch.set_alpha(0)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """SVG text to stand inside a page; text stays text, and the same figure gives the same bytes."""
-    from matplotlib import rc_context
-
-    buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "autoprune"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]

@@ -5,16 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-import math
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from autoprune import components, costs, loop
@@ -24,17 +20,16 @@ from autoprune.checks import check_place, check_seed, check_task
 from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial
 from autoprune.costs import Costs
 from autoprune.criteria import Criterion
-from autoprune.criteria import Scores as Importance
 from autoprune.evaluate import Evaluator, Scoring
-from autoprune.meters.device import Device, MeasuringError
+from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
 from autoprune.meters.profile import CostTable, Profile
-from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
 from autoprune.recover import FineTune, recalibrate
-from autoprune.result import LayerTime, Result, Scores
+from autoprune.result import Result
 from autoprune.space import trace
 from autoprune.study import Study, check_storage
 from autoprune.traced import TracedModel
+from autoprune.verdict import concluded
 
 LOG = logging.getLogger("autoprune")
 
@@ -147,7 +142,7 @@ def search(
         trials = _converse(planner, evaluator, study, progress)
         answer = _best(trials, prices.limits)
         model = _recovered(evaluator, answer, final, seed=seed, progress=progress)
-    return _result(
+    return concluded(
         evaluator,
         prices,
         answer,
@@ -251,118 +246,6 @@ def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int
     return model
 
 
-def _result(
-    evaluator: Evaluator,
-    prices: Costs,
-    answer: Trial,
-    model: nn.Module,
-    importance: Sequence[Importance],
-    *,
-    asked: Sequence[str],
-    chosen: Mapping[str, Mapping[str, Any]],
-    device: Device,
-    progress: Progress,
-    known: Mapping[str, Measurement],
-    began: float,
-    **record: Any,
-) -> Result:
-    """Measure and test the final network, and put down all that is known of it. known: its costs where they have been
-    measured just now."""
-    task, ratios, scored = evaluator.task, answer.candidate.ratios, evaluator.scored(model)
-    progress.stage("reading the test split", None)
-    test_dense, test_recovered = last_steps.test(task, [evaluator.dense_model, model])
-    if prices.table is not None and not known:
-        progress.stage(f"measuring the answer on {device.name}", None)
-    measured = known or _measured(evaluator, model, answer)
-    sign = -1.0 if task.metric.higher_is_better is False else 1.0
-    named = {group: components.named(group, values) for group, values in chosen.items()}
-    place = evaluator.scoring.device
-    provenance = {"task": task.name, "strategy": named["strategy"], "seed": evaluator.seed, "versions": _versions()}
-    return Result(
-        task=task.name,
-        strategy=named["strategy"],
-        seed=evaluator.seed,
-        device=prices.table.dense.device if prices.table else f"{place}, {torch.get_num_threads()} threads",
-        table=RatioTable(
-            groups=_table_groups(prices.traced, importance, ratios),
-            architecture=prices.traced.fingerprint,
-            weights=weights_hash(task.model),
-            criterion=named["criterion"],
-            budgets=_verdicts(asked, prices.limits, measured),
-            provenance=provenance,
-        ),
-        model=model,
-        space=prices.traced.space,
-        ratios=ratios,
-        scores=Scores(
-            metric=type(task.metric).__name__,
-            dense=sign * evaluator.dense().score,
-            pruned=sign * answer.score,
-            recovered=sign * scored.score,
-            test_dense=test_dense,
-            test_recovered=test_recovered,
-        ),
-        dense=prices.dense,
-        predicted={n: c.predict(ratios) for n, c in prices.models.items()},
-        measured=measured,
-        budgets=prices.limits,
-        asked=tuple(asked),
-        versions=_versions(),
-        evaluations=evaluator.evaluations,
-        cache_hits=evaluator.hits,
-        held_out=tuple(prices.table.held_out_pairs(prices.traced.space)) if prices.table else (),
-        layers=_layers(device, evaluator, model) if prices.table else (),
-        notes=task.notes,
-        seconds=time.perf_counter() - began,
-        **record,
-    )
-
-
-def _measured(evaluator: Evaluator, model: nn.Module, answer: Trial) -> Mapping[str, Measurement]:
-    """Every cost of the final network; where its device fails now, what its trial measured, which decides nothing."""
-    try:
-        return evaluator.measured(model)
-    except MeasuringError as error:
-        LOG.warning("the final network could not be measured: %s", error)
-        if not answer.costs:
-            raise
-        note = f"the final network could not be measured ({error}); this is its trial's"
-        return {
-            name: replace(m, decided=False, high=math.inf, notes=(note, *m.notes)) if m.kind == "measured" else m
-            for name, m in answer.costs.items()
-        }
-
-
-def _layers(device: Device, evaluator: Evaluator, model: nn.Module) -> tuple[LayerTime, ...]:
-    """What each layer takes in the dense and in the final network; nothing where that cannot be measured."""
-    try:
-        before, after = costs.layer_times(device, [evaluator.dense_model, model], evaluator.task.inputs)
-    except MeasuringError as error:
-        LOG.warning("the layers could not be timed: %s", error)
-        return ()
-    return tuple(LayerTime(name, ms, after.get(name, 0.0)) for name, ms in before.items())
-
-
-def _table_groups(
-    traced: TracedModel, importance: Sequence[Importance], ratios: Sequence[float]
-) -> tuple[TableGroup, ...]:
-    kept = choose_units(traced.space, importance, ratios)
-    return tuple(
-        TableGroup(name=g.name, size=g.size, units=tuple(units.tolist()), members=g.members)
-        for g, units in zip(traced.space.groups, kept, strict=True)
-    )
-
-
-def _verdicts(
-    asked: Sequence[str], budgets: Sequence[Budget], measured: Mapping[str, Measurement]
-) -> tuple[dict[str, Any], ...]:
-    return tuple(
-        {"budget": text, "cost": b.cost, "limit": b.limit, "unit": b.unit, "value": measured[b.cost].value}
-        | {"kind": measured[b.cost].kind, "met": b.met(measured[b.cost])}
-        for text, b in zip(asked, budgets, strict=True)
-    )
-
-
 def _best(trials: Sequence[Trial], budgets: Sequence[Budget]) -> Trial:
     """The measured trial of highest score within the budgets; without any, one whose measurement was disturbed, or the
     one that exceeds them least."""
@@ -408,8 +291,3 @@ def _summary(task: Task, traced: TracedModel) -> str:
     units = sum(g.size for g in traced.space.groups)
     refused = f"; {len(traced.space.refused)} kept whole" if traced.space.refused else ""
     return f"{task.name}: {len(traced.space.groups)} groups of {units} units, every group proven{refused}"
-
-
-def _versions() -> dict[str, str]:
-    names = ("autoprune", "torch", "numpy", "scipy", "optuna", "fvcore")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}

@@ -18,8 +18,9 @@ LAYERS = [
     {"prune", "recover", "strategies", "tasks"},
     {"components", "result"},
     {"checks", "costs", "evaluate", "study"},
-    {"final", "loop"},
-    {"run", "report", "testing"},
+    {"final", "loop", "page"},
+    {"report", "testing", "verdict"},
+    {"run"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -14,10 +14,12 @@ from tiny import make_task
 
 from autoprune import report
 from autoprune.core import Budget, Candidate, InputError, Measurement, Silent, Task, Trial
-from autoprune.meters.device import Device
+from autoprune.costs import Costs
+from autoprune.meters.device import Device, MeasuringError
 from autoprune.meters.profile import Profile
 from autoprune.result import Result
 from autoprune.run import _best
+from autoprune.verdict import _measured
 
 DEVICE = Device(processes=2, most_processes=2, samples=10, seconds=0.3, repeats=1, limit_s=20)
 
@@ -210,3 +212,51 @@ def test_a_disturbed_answer_comes_after_those_that_are_met() -> None:
     assert _best([over, disturbed, met], budgets) is met
     assert _best([over, disturbed], budgets) is disturbed
     assert _best([over], budgets) is over
+
+
+def test_a_device_that_fails_at_the_end_loses_no_work() -> None:
+    """The trial's own measurement stands as a prediction, so that the files are written and nothing is called met."""
+
+    class Failing:
+        def measured(self, model: torch.nn.Module) -> dict[str, Measurement]:
+            raise MeasuringError("gone")
+
+    counted = Measurement.exact(5.0, "MACs", "counted")
+    trial = answer(0, 9.0, 0.5)
+    trial = dataclasses.replace(trial, costs={**trial.costs, "macs": counted})
+    found = _measured(Failing(), torch.nn.ReLU(), trial)  # type: ignore[arg-type]
+    assert found["macs"] == counted
+    assert Budget("latency_ms", 10.0, "ms").met(found["latency_ms"]) is None
+    assert "could not be measured (gone)" in found["latency_ms"].notes[0]
+    with pytest.raises(MeasuringError):
+        _measured(Failing(), torch.nn.ReLU(), dataclasses.replace(trial, costs={}))  # type: ignore[arg-type]
+
+
+def test_what_was_disturbed_is_measured_again(tmp_path: Path) -> None:
+    """A study rewinds where a trial is recorded anew."""
+    from autoprune.core import Group, PruningSpace
+    from autoprune.study import Study
+
+    space = PruningSpace((Group(name="g", size=2, levels=(0.0, 0.5)),))
+    budgets = (Budget("latency_ms", 10.0, "ms"),)
+    study = Study(f"sqlite:///{tmp_path}/s.db", "s", fingerprint={}, space=space, budgets=budgets)
+    for trial in (answer(0, 9.0, 0.1), answer(1, 10.5, 0.2, decided=False), answer(2, 8.0, 0.3)):
+        study.record(trial)
+    study.record(answer(1, 9.5, 0.2))
+    assert [(t.number, t.costs["latency_ms"].value) for t in study.trials()] == [(0, 9.0), (1, 9.5)]
+
+
+def test_strategies_aim_below_a_measured_limit_only(whole_costs: Costs) -> None:
+    macs, latency = whole_costs.steered
+    assert macs.limit == 100.0
+    assert latency.limit == pytest.approx(18.0)
+
+
+@pytest.fixture
+def whole_costs() -> Costs:
+    from autoprune.space import trace
+
+    plain = make_task()
+    limits = (Budget("macs", 100.0, "MACs"), Budget("latency_ms", 20.0, "ms"))
+    traced = trace(plain.model, plain.inputs)
+    return Costs(traced=traced, dense={}, meters={}, models={}, limits=limits, margin=0.1)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from autoprune import components
-from autoprune.testing import CriterionContract, by_position, moves_weights, nan_for_dead_units
+from autoprune.testing import CriterionContract, by_position, moves_weights, nan_for_dead_units, one_too_few
 
 
 def contract(name: str) -> type[CriterionContract]:
@@ -24,6 +24,7 @@ for _name in components.names("criterion"):
     ("fake", "rule"),
     [
         (nan_for_dead_units, "test_dead_units_are_finite_too"),
+        (one_too_few, "test_one_finite_score_a_unit"),
         (by_position, "test_scores_follow_their_units"),
         (moves_weights, "test_same_twice_and_nothing_touched"),
     ],

@@ -13,6 +13,7 @@ from autoprune import components
 from autoprune.testing import (
     AsksOutside,
     DrawsGlobally,
+    HoldsTheFirstBudget,
     NoBetterThanUniform,
     StrategyContract,
     TakesFailuresForFree,
@@ -46,6 +47,7 @@ for _name in components.names("strategy"):
         (TrustsPredictions, "test_the_budget_is_reached"),
         (TrustsPredictions, "test_an_unreachable_budget_ends_with_the_closest"),
         (NoBetterThanUniform, "test_beats_uniform_on_nine_of_ten_seeds"),
+        (HoldsTheFirstBudget, "test_two_budgets_are_reached"),
         (TakesFailuresForFree, "test_failed_regions_are_left"),
     ],
 )
