@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -27,6 +27,11 @@ Kind = Literal["counted", "predicted", "measured", "modelled"]
 
 class InputError(ValueError):
     """What the user gave breaks a rule. The message is one line: the rule, the value, the place, the way out."""
+
+
+class DeviceLostError(RuntimeError):
+    """The device that costs are measured on was lost and could not be reached again: nothing more can be decided, and
+    what was scored is kept."""
 
 
 # ------------------------------------------------------------------------------------------------- what can be cut
@@ -147,11 +152,15 @@ class Candidate:
     """What a strategy asks to be tried: one ratio per group, how to heal it, whether to measure.
 
     recovery: "none" cuts and scores; "probe" recalibrates batch normalisation; "short" fine-tunes briefly as well.
+    parent: number of an earlier trial whose recovered network this one is cut from; None for the dense network.
+    about: what the strategy says of it for people (a round, a target); it changes nothing about the evaluation.
     """
 
     ratios: tuple[float, ...]
     recovery: Recovery = "probe"
     measure: bool = False
+    parent: int | None = None
+    about: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_recovery(self.recovery)
@@ -307,9 +316,16 @@ class Budget:
 
     def met(self, cost: Measurement) -> bool | None:
         """True or False once counted, measured or modelled; None for a prediction, which decides nothing, and for a
-        disturbed measurement that is not wholly below the limit: others can only have made it slower."""
+        disturbed measurement whose interval holds the limit."""
         within = self.slack(cost) >= 0
-        return None if cost.kind == "predicted" or not (cost.decided or within) else within
+        undecided = not cost.decided and not within and cost.low <= self.limit
+        return None if cost.kind == "predicted" or undecided else within
+
+
+def all_met(budgets: Sequence[Budget], costs: Mapping[str, Measurement]) -> bool | None:
+    """True if every budget is met, False if one is exceeded, None while that is undecided."""
+    verdicts = [b.met(costs[b.cost]) for b in budgets]
+    return False if False in verdicts else None if None in verdicts else True
 
 
 @dataclass(frozen=True)
@@ -365,6 +381,23 @@ class Strategy(Protocol):
     def tell(self, trials: Sequence[Trial]) -> None:
         """The trials of the last batch, in its order."""
         ...
+
+
+class Scripted:
+    """A strategy that is written as one generator, which yields batches and is sent their trials; see Strategy."""
+
+    def __init__(self, script: Generator[list[Candidate], Sequence[Trial], Any]) -> None:
+        self._script = script
+        self._batch = next(script)
+
+    def ask(self) -> Sequence[Candidate]:
+        return self._batch
+
+    def tell(self, trials: Sequence[Trial]) -> None:
+        try:
+            self._batch = self._script.send(trials)
+        except StopIteration:
+            self._batch = []
 
 
 class Progress(Protocol):

@@ -17,7 +17,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,11 +32,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.borrowing import arguments, first, seeded, to_device
-from autoprune.core import Budget, Candidate, CostModel, InputError, Measurement, Meter, Task, Trial
+from autoprune.core import (
+    Budget,
+    Candidate,
+    CostModel,
+    DeviceLostError,
+    InputError,
+    Measurement,
+    Meter,
+    Task,
+    Trial,
+    all_met,
+)
 from autoprune.criteria import Scores
+from autoprune.lineage import Networks, cut_from
 from autoprune.prune import choose_units, weights_hash
 from autoprune.recover import FineTune, finetune, recalibrate
-from autoprune.traced import TracedModel
+from autoprune.traced import TracedModel, tensors_of
+from autoprune.units import Labels
 
 CHUNKS = 20
 
@@ -97,13 +111,26 @@ class Evaluator:
             self.chunks = to_device(_subset(task.search, scoring.images, seed), device)
             self.recalibration = to_device(first(task.train, scoring.recalibration), device)
         self._dense: Scored | None = None
+        self._known: dict[int, Candidate] = {}
+        self._digests: dict[Candidate, str] = {}
+        self._networks: Networks | None = None
         self.hits = self.evaluations = 0
 
+    def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
+        """Earlier trials, which may be named as parents, and where fine-tuned networks are kept for their children."""
+        self._known |= {trial.number: trial.candidate for trial in history}
+        self._networks = networks
+
     def __call__(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        batch = list(batch)
+        self._known |= dict(batch)
+        self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
         for number, candidate in batch:
             began = time.perf_counter()
             try:
                 trial = self._evaluate(number, candidate)
+            except DeviceLostError:
+                raise
             except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
                 trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
             yield replace(trial, seconds=time.perf_counter() - began)
@@ -141,11 +168,14 @@ class Evaluator:
 
     def cut(self, ratios: Sequence[float]) -> nn.Module:
         """The network at these ratios, not recovered."""
-        return self.traced.cut(self.dense_model, choose_units(self.traced.space, self.importance, ratios)).eval()
+        return self.traced.cut(self.dense_model, self._units(ratios)).eval()
 
     def recovered(self, candidate: Candidate) -> nn.Module:
-        """The candidate's network, cut and recovered as it asks."""
-        model = self.cut(candidate.ratios)
+        """The candidate's network, cut from the dense network or its parent's and recovered as it asks."""
+        if stored := self._stored(candidate):
+            kept = self._units(candidate.ratios)
+            return cut_from(self.traced, self.dense_model, stored, older=kept, kept=kept).eval()
+        model = self.cut(candidate.ratios) if candidate.parent is None else self._child(candidate, candidate.parent)
         if candidate.recovery != "none":
             recalibrate(model, self.recalibration)
         if candidate.recovery == "short":
@@ -158,7 +188,45 @@ class Evaluator:
                     lr=self.task.lr,
                     teacher=self.dense_model,
                 )
+            self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
+
+    def _child(self, candidate: Candidate, parent: int) -> nn.Module:
+        """The candidate's network, cut from its parent's recovered one and not recovered itself."""
+        earlier = self._candidate(parent)
+        tensors = self._stored(earlier)
+        if tensors is None:
+            made = self.recovered(earlier)
+            self._keep(earlier, made)  # whatever its recovery: it is needed for every child
+            tensors = dict(tensors_of(made))
+        older, kept = self._units(earlier.ratios), self._units(candidate.ratios)
+        return cut_from(self.traced, self.dense_model, tensors, older=older, kept=kept).eval()
+
+    def _stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
+        return None if self._networks is None else self._networks.get(self._digest(candidate))
+
+    def _keep(self, candidate: Candidate, model: nn.Module) -> None:
+        if self._networks is not None:
+            self._networks.put(self._digest(candidate), model)
+
+    def _forget(self, parents: Collection[int]) -> None:
+        """Once a batch names its parents, only they and their children are likely to be asked for again."""
+        if self._networks is None or not parents:
+            return
+        family = set()
+        for number, candidate in self._known.items():
+            if number in parents or candidate.parent in parents:
+                with suppress(ValueError):  # what is no candidate at all becomes a failed trial
+                    family.add(self._digest(candidate))
+        self._networks.retain(family)
+
+    def _candidate(self, number: int) -> Candidate:
+        if number not in self._known:
+            raise ValueError(f"parent {number} is not among the trials so far")
+        return self._known[number]
+
+    def _units(self, ratios: Sequence[float]) -> tuple[Labels, ...]:
+        return choose_units(self.traced.space, self.importance, ratios)
 
     def _evaluate(self, number: int, candidate: Candidate) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
@@ -180,7 +248,6 @@ class Evaluator:
             costs = self.measured(model or self.cut(ratios))
         else:
             costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
-        met = [b.met(costs[b.cost]) for b in self.budgets]
         low, high = _interval(scored.scores)
         change = np.subtract(scored.losses, self.dense().losses)
         change_low, change_high = _interval(change)
@@ -202,7 +269,7 @@ class Evaluator:
             ),
             costs=costs,
             predicted=expected if candidate.measure else {},
-            feasible=False if False in met else None if None in met else True,
+            feasible=all_met(self.budgets, costs),
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
         )
@@ -214,15 +281,20 @@ class Evaluator:
 
     def _cache_path(self, candidate: Candidate) -> Path | None:
         """Where this candidate's scores are kept: a name made of everything that they depend on."""
-        if self.cache is None:
-            return None
-        kept = choose_units(self.traced.space, self.importance, candidate.ratios)
-        content = {
-            **{key: value for key, value in self.identity.items() if key != "task"},
-            "kept": [units.tolist() for units in kept],
-            "recovery": candidate.recovery,
-        }
-        return self.cache / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]}.json"
+        return None if self.cache is None else self.cache / f"{self._digest(candidate)}.json"
+
+    def _digest(self, candidate: Candidate) -> str:
+        """A name made of everything that a candidate's network and its scores depend on, the same of its parent."""
+        if candidate not in self._digests:
+            parent = candidate.parent
+            content = {
+                **{key: value for key, value in self.identity.items() if key != "task"},
+                "kept": [units.tolist() for units in self._units(candidate.ratios)],
+                "recovery": candidate.recovery,
+                "parent": None if parent is None else self._digest(self._candidate(parent)),
+            }
+            self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+        return self._digests[candidate]
 
 
 def score(model: nn.Module, chunks: Sequence[Any], task: Task) -> Scored:

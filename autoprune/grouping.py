@@ -17,6 +17,7 @@ from autoprune.recording import Recording
 from autoprune.traced import TracedModel, fingerprint, owner, tensors_of, widths
 from autoprune.units import Labels
 
+Floats = NDArray[np.float64]
 ONE: Width = (1.0, {})
 
 
@@ -63,7 +64,18 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
         members = tuple(dict.fromkeys(owner(t) for t in made_by))
         groups.append(Group(name=name, size=len(ordered), levels=(0.0,), members=members))
     space = PruningSpace(tuple(groups), tuple(dict.fromkeys(refusals)))
-    traced = TracedModel(space, tuple(slices), (), frozenset(recording.depthwise), (), (), (), fingerprint(model))
+    traced = TracedModel(
+        space=space,
+        slices=tuple(slices),
+        attributes=(),
+        depthwise=frozenset(recording.depthwise),
+        macs=(),
+        params=(),
+        weights=(),
+        activations=(),
+        traffic=(),
+        fingerprint=fingerprint(model),
+    )
     return _with_costs(model, recording, examples, traced, group_of)
 
 
@@ -88,7 +100,7 @@ def _why_whole(recording: Recording, roots: Sequence[int]) -> str | None:
 def _with_costs(
     model: nn.Module, recording: Recording, examples: int, traced: TracedModel, group_of: Mapping[int, int]
 ) -> TracedModel:
-    """Fill in the layers of each group and the terms that give MACs, parameters and peak activations by width."""
+    """Fill in the layers of each group and the terms that give MACs, parameters and bytes by width."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
     shares = widths(traced.slices, shapes)
 
@@ -108,8 +120,11 @@ def _with_costs(
     macs = [elements(c.weight, c.positions) for c in recording.contractions]
     macs += [Term(each / examples, by_group(*counted), ONE) for *counted, each in recording.elementwise]
     params = [elements(name, 1.0) for name, _ in model.named_parameters()]
-    live = [by_group(labels, counts) for labels, counts, _ in recording.storages]
-    bytes_each = [size / examples for *_, size in recording.storages]
+    weights = [elements(name, tensor.element_size()) for name, tensor in tensors_of(model)]
+    made = [
+        _vector(*by_group(labels, counts), len(traced.space.groups)) * (size / examples)
+        for labels, counts, size in recording.storages
+    ]
     groups = [
         replace(g, layers=_layers(shapes, recording, traced.slices[i], g)) for i, g in enumerate(traced.space.groups)
     ]
@@ -118,7 +133,9 @@ def _with_costs(
         space=PruningSpace(tuple(groups), traced.space.refused),
         macs=tuple(macs),
         params=tuple(params),
-        activations=_peaks(recording.lifetimes, live, bytes_each, len(groups)),
+        weights=tuple(weights),
+        activations=_peaks(recording.lifetimes, made, len(groups)),
+        traffic=(_linear(sum(made, np.zeros(len(groups) + 1))),),
     )
 
 
@@ -145,29 +162,31 @@ def _layers(
     return tuple(layers.values())
 
 
-def _peaks(
-    lifetimes: Sequence[tuple[bool, int]],
-    live: Sequence[tuple[float, Mapping[int, float]]],
-    bytes_each: Sequence[float],
-    count: int,
-) -> tuple[tuple[Term, ...], ...]:
+def _peaks(lifetimes: Sequence[tuple[bool, int]], made: Sequence[Floats], count: int) -> tuple[tuple[Term, ...], ...]:
     """The instants that no other exceeds in every coefficient: the peak is the largest of them at any width."""
     now, instants = np.zeros(count + 1), []
     for born, ordinal in lifetimes:
-        fixed, of = live[ordinal]
-        change = np.zeros(count + 1)
-        change[0] = fixed
-        change[[g + 1 for g in of]] = list(of.values())
-        now = now + change * bytes_each[ordinal] * (1 if born else -1)
+        now = now + made[ordinal] * (1 if born else -1)
         if born:
             instants.append(now)
-    best: list[NDArray[np.float64]] = []
+    best: list[Floats] = []
     for instant in sorted(instants, key=lambda v: -v.sum()):
         if not any((kept >= instant - 1e-9).all() for kept in best):
             best.append(instant)
-    return tuple(
-        (Term(1.0, (float(v[0]), {g: float(v[g + 1]) for g in np.flatnonzero(v[1:]).tolist()}), ONE),) for v in best
-    )
+    return tuple((_linear(v),) for v in best)
+
+
+def _vector(fixed: float, of: Mapping[int, float], count: int) -> Floats:
+    """[1 + G]: what is fixed, and what each unit of each group adds."""
+    found = np.zeros(count + 1)
+    found[0] = fixed
+    found[[g + 1 for g in of]] = list(of.values())
+    return found
+
+
+def _linear(vector: Floats) -> Term:
+    """The same as a term."""
+    return Term(1.0, (float(vector[0]), {g: float(vector[g + 1]) for g in np.flatnonzero(vector[1:]).tolist()}), ONE)
 
 
 def labels_of(recording: Recording, traced: TracedModel, group: int) -> Labels:

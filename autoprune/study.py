@@ -90,6 +90,8 @@ class Study:
         attributes = {
             "trial": json.dumps(trial.to_json()),
             "recovery": trial.candidate.recovery,
+            "parent": trial.candidate.parent,
+            "about": dict(trial.candidate.about),
             "score_interval": [trial.score_low, trial.score_high],
             "costs": {name: f"{m.value:.6g} {m.unit} ({m.kind})" for name, m in trial.costs.items()},
         }

@@ -33,8 +33,9 @@ class SizeAttribute:
 class TracedModel:
     """A model's pruning space with the indices that cut it. Holds no weights.
 
-    macs: terms of the MACs an example; params: terms of the parameter count; activations: for each instant that can
-    be the peak, terms of the bytes then alive an example.
+    macs: terms of the MACs an example; params: of the parameter count; weights: of the bytes of parameters and buffers;
+    activations: for each instant that can be the peak, terms of the bytes then alive an example; traffic: terms of the
+    bytes an example of every tensor that the pass makes.
     """
 
     space: PruningSpace
@@ -43,7 +44,9 @@ class TracedModel:
     depthwise: frozenset[str]
     macs: tuple[Term, ...]
     params: tuple[Term, ...]
+    weights: tuple[Term, ...]
     activations: tuple[tuple[Term, ...], ...]
+    traffic: tuple[Term, ...]
     fingerprint: str
 
     def cut(self, model: nn.Module, kept: Sequence[Labels]) -> nn.Module:
@@ -51,26 +54,42 @@ class TracedModel:
 
         Only what is kept is copied. The model's structure is copied with its tensors replaced, so nothing is shared.
         """
-        keep: dict[str, dict[int, Labels]] = defaultdict(dict)
+        removed, tensors = self._removed(kept), {}
+        for name, tensor in tensors_of(model):
+            data = tensor.detach()
+            for dim, gone in removed.get(name, {}).items():
+                data = data.index_select(dim, _others(gone, data.shape[dim]).to(data.device))
+            tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() else data
+        smaller = _with_tensors(model, tensors)
+        self._set_sizes(smaller, [len(units) for units in kept])
+        return smaller
+
+    def spread(self, model: nn.Module, smaller: Mapping[str, Tensor], kept: Sequence[Labels]) -> nn.Module:
+        """The inverse of `cut`: a copy of the dense model that holds the tensors of a network that was cut to `kept`
+        at the positions they were cut from, and zeros elsewhere. So it computes what the smaller network does.
+
+        smaller: the names and values of `tensors_of` the smaller network.
+        """
+        removed, tensors = self._removed(kept), {}
+        for name, tensor in tensors_of(model):
+            data = smaller[name].detach().to(tensor.device, copy=True)
+            for dim, gone in removed.get(name, {}).items():
+                whole = data.new_zeros([*data.shape[:dim], tensor.shape[dim], *data.shape[dim + 1 :]])
+                data = whole.index_copy_(dim, _others(gone, tensor.shape[dim]).to(data.device), data)
+            tensors[name] = data
+        return _with_tensors(model, tensors)
+
+    def _removed(self, kept: Sequence[Labels]) -> dict[str, dict[int, Labels]]:
+        """Tensor -> dimension -> positions that go when these units are kept."""
+        removed: dict[str, dict[int, Labels]] = defaultdict(dict)
         for group, slices, units in zip(self.space.groups, self.slices, kept, strict=True):
             if len(units) == group.size:
                 continue
             gone = np.setdiff1d(np.arange(group.size), units)
             for piece in slices:
-                removed = keep[piece.tensor].get(piece.dim, np.empty(0, dtype=np.int64))
-                keep[piece.tensor][piece.dim] = np.concatenate([removed, piece.positions[gone].ravel()])
-        memo: dict[int, object] = {}
-        for name, tensor in tensors_of(model):
-            data = tensor.detach()
-            for dim, removed in keep.get(name, {}).items():
-                rest = np.setdiff1d(np.arange(data.shape[dim]), removed)
-                data = data.index_select(dim, torch.from_numpy(rest).to(data.device))
-            data = data.clone() if data.data_ptr() == tensor.data_ptr() else data
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(data, tensor.requires_grad) if is_parameter else data
-        smaller = copy.deepcopy(model, memo)
-        self._set_sizes(smaller, [len(units) for units in kept])
-        return smaller
+                known = removed[piece.tensor].get(piece.dim, np.empty(0, dtype=np.int64))
+                removed[piece.tensor][piece.dim] = np.concatenate([known, piece.positions[gone].ravel()])
+        return removed
 
     def weight_widths(self, model: nn.Module) -> dict[str, tuple[Width, Width]]:
         """Parameter -> the widths of its first two dimensions by the units kept; (1.0, {}) for one it lacks."""
@@ -112,6 +131,20 @@ def widths(slices: Sequence[Sequence[Slice]], shapes: Mapping[str, Sequence[int]
             each = float(piece.positions.shape[1])
             found[piece.tensor][piece.dim] = (fixed - piece.positions.size, {**of, g: each})
     return found
+
+
+def _others(positions: Labels, size: int) -> Tensor:
+    """All positions along a dimension but these, ascending."""
+    return torch.from_numpy(np.setdiff1d(np.arange(size), positions))
+
+
+def _with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model's structure with these tensors for its own, parameters being as trainable as they were."""
+    memo: dict[int, object] = {}
+    for name, tensor in tensors_of(model):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(tensors[name], tensor.requires_grad) if is_parameter else tensors[name]
+    return copy.deepcopy(model, memo)
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:

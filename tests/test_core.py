@@ -78,7 +78,13 @@ def test_levels_must_rise_from_zero(levels: tuple[float, ...]) -> None:
 def test_a_trial_survives_json_exactly() -> None:
     trial = Trial(
         number=3,
-        candidate=Candidate(ratios=(1 / 3, 0.1), recovery="short", measure=True),
+        candidate=Candidate(
+            ratios=(1 / 3, 0.1),
+            recovery="short",
+            measure=True,
+            parent=2,
+            about={"round": 4, "target": 1e9 / 3, "group": "conv1"},
+        ),
         score=0.1 + 0.2,
         loss=1e-17,
         loss_change=Measurement.exact(0.7, "loss", "measured", ("paired",)),

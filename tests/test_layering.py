@@ -15,7 +15,7 @@ LAYERS = [
     {"label_rules", "label_contractions", "grouping"},
     {"tracing", "proof"},
     {"space"},
-    {"prune", "recover", "strategies", "tasks"},
+    {"lineage", "prune", "recover", "strategies", "tasks"},
     {"components", "result"},
     {"checks", "costs", "evaluate", "study"},
     {"final", "loop", "page"},
@@ -32,7 +32,11 @@ ONLY_IN = {
     "rich": {"report.py"},
     "fvcore": {"meters/counts.py"},
     "execnet": {"meters/device.py"},
-    "cloudpickle": {"meters/device.py", "meters/worker.py"},
+    "cloudpickle": {"meters/wire.py", "meters/worker.py"},
+    "onnx": {"meters/wire.py"},
+    "onnxruntime": {"meters/worker.py"},
+    "openvino": {"meters/worker.py"},
+    "zeus": {"meters/worker.py"},
 }
 
 

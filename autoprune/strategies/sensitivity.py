@@ -34,7 +34,9 @@ from autoprune.core import (
     InputError,
     PruningSpace,
     Recovery,
+    Scripted,
     Trial,
+    all_met,
     check_recovery,
 )
 
@@ -51,7 +53,7 @@ class Finding:
     what: str
 
 
-class Sensitivity:
+class Sensitivity(Scripted):
     """See the module's docstring.
 
     sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
@@ -81,23 +83,13 @@ class Sensitivity:
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
         self.recovery: Recovery = recovery
         self.findings: tuple[Finding, ...] = ()
-        self._conversation = self._converse()
-        self._batch = next(self._conversation)
-
-    def ask(self) -> Sequence[Candidate]:
-        return self._batch
-
-    def tell(self, trials: Sequence[Trial]) -> None:
-        try:
-            self._batch = self._conversation.send(trials)
-        except StopIteration:
-            self._batch = []
+        super().__init__(self._converse())
 
     def _converse(self) -> Generator[list[Candidate], Sequence[Trial], None]:
         smallest = tuple(len(g.levels) - 1 for g in self.space.groups)
         if any(self.costs[b.cost].predict(self._ratios(smallest)) > b.limit for b in self.budgets):
             trial = yield from self._measured(smallest)  # nothing seems to keep the budgets: the closest there is
-            if trial.error or not (trial.feasible and self._worth_another(trial)):
+            if trial.error or not (all_met(self.budgets, trial.costs) and self._worth_another(trial)):
                 return
             self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         losses = self._analysed((yield self._sweep()))
@@ -119,9 +111,10 @@ class Sensitivity:
     def _worth_another(self, trial: Trial) -> bool:
         """Whether a budget is exceeded, or all are kept with so much room that a larger network would do; not after a
         disturbed measurement, which calibrates nothing."""
-        if trial.feasible is None:
+        inside = all_met(self.budgets, trial.costs)
+        if inside is None:
             return False
-        return not trial.feasible or all(trial.costs[b.cost].high < ROOM * b.limit for b in self.budgets)
+        return not inside or all(trial.costs[b.cost].high < ROOM * b.limit for b in self.budgets)
 
     # ------------------------------------------------------------------------------------------------- the sweep
 

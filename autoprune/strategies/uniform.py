@@ -13,6 +13,7 @@ from autoprune.core import (
     PruningSpace,
     Recovery,
     Trial,
+    all_met,
     check_recovery,
 )
 
@@ -54,7 +55,7 @@ class Uniform:
             self._recoveries.pop(0)
             self._finished = not self._recoveries
         else:
-            self._finished = trial.feasible is not False  # None: the measurement was disturbed
+            self._finished = all_met(self.budgets, trial.costs) is not False  # None: the measurement was disturbed
         self.costs = {name: cost.calibrated(trials) for name, cost in self.costs.items()}
 
     def _smallest(self) -> tuple[float, ...]:

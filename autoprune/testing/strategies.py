@@ -106,6 +106,18 @@ class StrategyContract:
         found = answer(self._play(world))
         assert found.candidate.ratios[0] <= 0.3
 
+    def test_parents_are_earlier_trials_that_succeeded(self) -> None:
+        world = World(5)
+        world.fails = lambda ratios: ratios[0] > 0.3
+        trials = self._play(world)
+        for trial in trials:
+            if trial.candidate.parent is not None:
+                assert 0 <= trial.candidate.parent < trial.number, "the parent is not an earlier trial"
+                parent = trials[trial.candidate.parent]
+                assert parent.error is None, "the parent failed"
+                nested = zip(trial.candidate.ratios, parent.candidate.ratios, strict=True)
+                assert all(ours >= theirs for ours, theirs in nested), "units are kept that the parent has lost"
+
     def test_global_random_state_is_untouched(self) -> None:
         before = random_state()
         self._play(World(6))
@@ -159,8 +171,19 @@ class NoBetterThanUniform(Uniform):
     """Fake: uniform passed off as a search."""
 
 
+class IsItsOwnParent(Uniform):
+    """Fake: starts from a network that is not there yet."""
+
+    def ask(self) -> Sequence[Candidate]:
+        return [dataclasses.replace(candidate, parent=0) for candidate in super().ask()]
+
+
 class TakesFailuresForFree(Sensitivity):
     """Fake: a failed candidate counts as one that costs nothing."""
 
     def tell(self, trials: Sequence[Trial]) -> None:
-        super().tell([dataclasses.replace(t, error=None, loss=0.0) if t.error else t for t in trials])
+        told = []
+        for t in trials:  # a measured one would need costs
+            free = t.error and not t.candidate.measure
+            told.append(dataclasses.replace(t, error=None, loss=0.0) if free else t)
+        super().tell(told)

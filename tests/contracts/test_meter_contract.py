@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from autoprune.meters.counts import COUNTED
+from autoprune.meters.energy import ModelledEnergy
 from autoprune.testing import AlwaysTheSame, ForgetsTheUnit, MeterContract, TrainsWhileMeasuring
 
-for _name, _meter in COUNTED.items():
+for _name, _meter in {**COUNTED, "energy_mj": ModelledEnergy}.items():
     globals()[f"Test{_name.title()}"] = type(
         f"Test{_name.title()}", (MeterContract,), {"make": lambda self, meter=_meter: meter()}
     )

@@ -14,6 +14,7 @@ from autoprune.testing import (
     AsksOutside,
     DrawsGlobally,
     HoldsTheFirstBudget,
+    IsItsOwnParent,
     NoBetterThanUniform,
     StrategyContract,
     TakesFailuresForFree,
@@ -48,6 +49,7 @@ for _name in components.names("strategy"):
         (TrustsPredictions, "test_an_unreachable_budget_ends_with_the_closest"),
         (NoBetterThanUniform, "test_beats_uniform_on_nine_of_ten_seeds"),
         (HoldsTheFirstBudget, "test_two_budgets_are_reached"),
+        (IsItsOwnParent, "test_parents_are_earlier_trials_that_succeeded"),
         (TakesFailuresForFree, "test_failed_regions_are_left"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Networks that candidates start from: cut from a parent's, and kept by what they depend on.
+
+A network that is not there, or is damaged, is made again by whoever asks for it; losing one costs time and nothing
+else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from autoprune.core import PruningSpace
+from autoprune.traced import TracedModel, tensors_of
+from autoprune.units import Labels
+
+LOG = logging.getLogger("autoprune")
+SQLITE = "sqlite:///"
+
+
+def folder_beside(storage: str | None, study: str) -> Path | None:
+    """Where a study's networks are kept: beside a local SQLite file; None, in memory, for any other storage."""
+    if storage is None or not storage.startswith(SQLITE) or ":memory:" in storage:
+        return None
+    path = Path(storage.removeprefix(SQLITE))
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", study)[:100]
+    digest = hashlib.sha256(study.encode()).hexdigest()[:8]  # two names may become one when made safe
+    return path.parent / f"{path.stem}_weights" / f"{safe}_{digest}"
+
+
+class Networks:
+    """Tensors of networks by a digest of all that they depend on: safetensors in a folder, or in memory without."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._memory: dict[str, dict[str, Tensor]] = {}
+
+    def get(self, digest: str) -> dict[str, Tensor] | None:
+        """What was put; None where it is absent or damaged."""
+        if digest in self._memory or self.folder is None:
+            return self._memory.get(digest)
+        try:
+            with safetensors.safe_open(str(self.folder / f"{digest}.safetensors"), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
+                whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
+        except (OSError, RuntimeError, safetensors.SafetensorError):
+            return None
+        return tensors if whole else None
+
+    def put(self, digest: str, network: nn.Module) -> None:
+        """Keep a copy of a network's tensors; in memory where the folder cannot be written."""
+        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors_of(network)}
+        if self.folder is None:
+            self._memory[digest] = tensors
+            return
+        path = self.folder / f"{digest}.safetensors"
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(tensors, temporary, {"sha256": _checksum(tensors)})
+            temporary.replace(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            LOG.warning("networks cannot be kept in %s (%s): they stay in memory", self.folder, error)
+            self._memory[digest] = tensors
+
+    def retain(self, digests: Collection[str]) -> None:
+        """Delete every network but these."""
+        self._memory = {digest: tensors for digest, tensors in self._memory.items() if digest in digests}
+        for path in self.folder.glob("*.safetensors") if self.folder is not None else ():
+            if path.stem not in digests:
+                path.unlink(missing_ok=True)
+
+
+def cut_from(
+    traced: TracedModel,
+    dense: nn.Module,
+    parent: Mapping[str, Tensor],
+    *,
+    older: Sequence[Labels],
+    kept: Sequence[Labels],
+) -> nn.Module:
+    """The network that keeps these units of a parent's, whose tensors hold the units `older`.
+
+    Raises:
+        ValueError: a unit is to be kept that the parent has lost.
+    """
+    _check_nested(traced.space, older, kept)
+    return traced.cut(traced.spread(dense, parent, older), kept)
+
+
+def _check_nested(space: PruningSpace, older: Sequence[Labels], kept: Sequence[Labels]) -> None:
+    for group, had, keeps in zip(space.groups, older, kept, strict=True):
+        if lost := sorted(set(keeps.tolist()) - set(had.tolist())):
+            raise ValueError(
+                f"group '{group.name}' is to keep unit {lost[0]}, which its parent has lost ({len(keeps)} units of the "
+                f"parent's {len(had)}): a child's ratios must be at least its parent's"
+            )
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(repr((name, tensors[name].dtype, tuple(tensors[name].shape))).encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
