@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -14,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.core import Budget, InputError, Measurement
-from autoprune.meters.device import Device, MeasuringError, Worker, WorkerLostError, packed, warm
+from autoprune.meters.device import Device, MeasuringError, Worker, WorkerLostError, warm
 from autoprune.meters.latency import Latency, Reference, disturbed, interval
+from autoprune.meters.wire import packed
 
 QUICK = Device(processes=2, most_processes=2, samples=6, seconds=0.2, repeats=0)
 ONCE = {"samples": 6, "width": 1.0, "seconds": 0.1, "block": 2, "settle": False, "seed": 0}
@@ -42,8 +44,23 @@ class Calls(nn.Module):
         return x * self.weight
 
 
+class Sometimes(nn.Module):
+    """Every fifth pass takes ten times as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(16, 16, 3)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for _ in range(9 * (self.calls % 5 == 0)):
+            self.layer(x)
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
 def question(model: nn.Module) -> dict[str, object]:
-    return {"do": "time", "models": [packed(model, (torch.ones(1),))], "plan": ONCE}
+    return {"do": "time", "models": [packed(model, (torch.ones(1),), "torch")], "plan": ONCE}
 
 
 def alive(pid: int) -> bool:
@@ -99,7 +116,7 @@ def test_what_cannot_be_sent_is_named() -> None:
     model = nn.ReLU()
     model.lock = threading.Lock()  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"cannot be sent to a measuring process .*lock"):
-        packed(model, (torch.ones(1),))
+        packed(model, (torch.ones(1),), "torch")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -142,7 +159,7 @@ def test_wall_above_cpu_time_decides_only_what_is_certain() -> None:
     assert found.low < 5 < 10 <= found.high
     assert Budget("latency_ms", 5.0, "ms").met(found) is None
     assert Budget("latency_ms", 1000.0, "ms").met(found) is True
-    assert Budget("latency_ms", 1e-12, "ms").met(found) is None
+    assert Budget("latency_ms", 1e-12, "ms").met(found) is False, "even the CPU worked for longer"
 
 
 def test_a_disturbed_ratio_is_bounded_from_both_sides() -> None:
@@ -165,10 +182,24 @@ def test_a_ratio_is_told_apart() -> None:
     small, large = nn.Conv2d(16, 16, 3), nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4)))
     ratio = Latency(QUICK).ratio(large, small, inputs)
     assert ratio.low > 2
-    reference = Reference(small, Measurement.exact(10.0, "ms", "measured"))
-    value = Latency(QUICK).against(reference).measure(large, inputs)
+    reference = Reference(small, Measurement.exact(10.0, "ms", "measured"), relative=True)
+    value = Latency(QUICK).beside(reference).measure(large, inputs)
     assert value.value > 20
     assert "of dense, interleaved" in " ".join(value.notes)
+
+
+def test_a_verdict_holds_at_either_pace() -> None:
+    """The dense network is said to have taken 100 times as long when the table was made: the interval covers what
+    passes now and what would have passed then, the value lies between."""
+    inputs = (torch.randn(4, 16, 32, 32),)
+    model = nn.Conv2d(16, 16, 3)
+    now = Latency(QUICK).measure(model, inputs)
+    slower = Reference(model, Measurement.exact(100 * now.value, "ms", "measured"), relative=False)
+    found = Latency(QUICK).beside(slower).measure(model, inputs)
+    assert found.low < 2 * now.value
+    assert 5 * now.value < found.value < 20 * now.value
+    assert found.high > 50 * now.value
+    assert "in the cost table" in " ".join(found.notes)
 
 
 def simulated(rng: np.random.Generator, processes: int, spread: float) -> list[NDArray[np.float64]]:
@@ -193,9 +224,34 @@ def test_the_same_model_is_not_called_faster() -> None:
     for i in range(200):
         levels = 20 * np.exp(rng.normal(0, 0.1, 5))
         a, b = ([level * (1 + np.abs(rng.normal(0, 0.03, 40))) for level in levels] for _ in "ab")
-        _, low, high = interval(a, i, b)
+        _, low, high = interval([x / y for x, y in zip(a, b, strict=True)], i)
         wrong += not low <= 1 <= high
     assert wrong <= 10
+
+
+def test_a_high_quantile_is_above_the_median() -> None:
+    """Every fifth pass is slow: p90 shows it, absolutely and as a ratio, and p50 does not. (One pass takes over a
+    millisecond: shorter ones are timed several at once.)"""
+    inputs = (torch.randn(32, 16, 48, 48),)
+    model, plain = Sometimes(), nn.Conv2d(16, 16, 3)
+    readings = {q: Latency(dataclasses.replace(QUICK, statistic=q)) for q in ("p50", "p90")}
+    p50, p90 = (readings[q].measure(model, inputs).value for q in ("p50", "p90"))
+    assert p90 > 2 * p50
+    p50, p90 = (readings[q].ratio(model, plain, inputs).value for q in ("p50", "p90"))
+    assert p90 > 1.5 * p50
+
+
+@pytest.mark.parametrize(("statistic", "above"), [("p50", 0.5), ("p90", 0.1), ("p99", 0.01)])
+def test_ten_passes_lie_above_a_quantile(statistic: str, above: float) -> None:
+    device = Device(statistic=statistic)
+    assert device.quantile == pytest.approx(1 - above)
+    assert device.plan(0)["samples"] * device.processes * above >= 10 - 1e-9
+    assert device.plan(0)["samples"] >= device.samples
+
+
+def test_a_statistic_that_is_not_known() -> None:
+    with pytest.raises(InputError, match=r"statistic must be one of p50, p90, p99, got 'mean'"):
+        Device(statistic="mean")
 
 
 def test_raw_samples_are_kept(tmp_path: object) -> None:

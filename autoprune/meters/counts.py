@@ -60,15 +60,7 @@ class Memory:
     name, unit = "memory_mb", "MB"
 
     def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
-        fast_attention = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # its fused layer hides the tensors inside
-        examples = arguments(inputs)
-        try:
-            with torch.no_grad(), evaluating(model), seeded(0), _LiveBytes(model, examples) as live:
-                model(*examples)
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast_attention)
-        weights = weight_bytes(model)
+        weights, live = weight_bytes(model), activation_bytes(model, inputs)
         notes = (f"weights {weights / 1e6:.3f} MB, peak activations {live.peak / 1e6:.3f} MB",)
         return Measurement.exact((weights + live.peak) / 1e6, self.unit, "counted", notes)
 
@@ -78,12 +70,26 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made by operations and still alive; `peak` is the largest sum seen."""
+def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> LiveBytes:
+    """Bytes of what one forward pass on the example inputs makes, the model untouched."""
+    fast_attention = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused layer hides the tensors inside
+    examples = arguments(inputs)
+    live = LiveBytes(model, examples)
+    try:
+        with torch.no_grad(), evaluating(model), seeded(0), live:
+            model(*examples)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_attention)
+    return live
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made by operations: `now` alive, the largest sum seen (`peak`), and of all (`total`)."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = self.peak = self.total = 0
         self._known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *inputs]}
 
     def __torch_dispatch__(
@@ -95,6 +101,7 @@ class _LiveBytes(TorchDispatchMode):
                 storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
                 self._known.add(storage._cdata)
                 self.now += size
+                self.total += size
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._forget, storage._cdata, size)
         return out

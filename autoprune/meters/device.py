@@ -1,31 +1,36 @@
 """The target device: measuring processes that are started, asked, killed at their limit and restarted.
 
-The worker's source (worker.py) goes to a fresh Python over execnet; messages are plain values. A model travels to a
-process on this machine as bytes that cloudpickle makes and that process reads at once; no file and no other machine
-ever sees them.
+The worker's source (worker.py) goes to a fresh Python over execnet, on this machine or through ssh on another; messages
+are plain values (wire.py). Local and remote readings have one code path.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shlex
 import signal
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import Tensor, nn
-
-from autoprune.core import InputError
+from autoprune.core import DeviceLostError, InputError
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
+GRACE_S = 2.0  # a process ends itself at its limit, wherever it is; this one's own clock comes after
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+RUNTIMES = ("torch", "onnxruntime", "openvino")
+# Host keys are always checked, nobody is asked for a password, and a line that is cut is noticed.
+SSH = "-o StrictHostKeyChecking=yes -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5"
 # OpenMP threads that wait asleep; glibc's allocator keeping its memory: by default it returns large activations to the
 # system after each pass or not, by its history, and the page faults make one ResNet-20 take 29 or 49 ms.
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
@@ -43,17 +48,28 @@ class WorkerLostError(MeasuringError):
 class Device:
     """Where and how costs are measured.
 
-    runtime: what executes the network; place: "cpu", "cuda" or "cuda:1"; threads: of the CPU, fixed. processes: fresh
-    processes behind one verdict, up to most_processes while its interval is wider than ± precision. samples: passes of
-    a network in each at least; width: the widest 95 % interval of a process's median that is precise enough, as a
-    fraction; seconds: at most so long for warming up, and for timing, a network in each process. limit_s: a worker that
-    has not answered by then is killed. repeats: how often a reading that others disturbed may be taken again.
+    runtime: what executes the network: "torch", "onnxruntime" or "openvino". place: in the runtime's own words: "cpu",
+    "cuda:1"; "CPUExecutionProvider"; "CPU". threads: of the CPU, fixed. dtype: what openvino computes in. host: another
+    machine, as ssh knows it ("user@board"); ssh: further arguments for ssh; python: the interpreter there, with the
+    runtime installed; reconnects: how often a machine that was lost is tried again.
+    statistic: which quantile of the passes a latency is: "p50", "p90" or "p99".
+    processes: fresh processes behind one verdict, up to most_processes while its interval is wider than ± precision.
+    samples: passes of a network in each process at least; width: the widest 95 % interval of a process's median that is
+    precise enough, as a fraction; seconds: at most so long for warming up, and for timing, a network in each process.
+    limit_s: a worker that has not answered by then is killed. repeats: how often a reading that others disturbed may be
+    taken again.
     """
 
     name: str = "torch_cpu"
     runtime: str = "torch"
     place: str = "cpu"
     threads: int = 1
+    dtype: str = "f32"
+    host: str = ""
+    ssh: str = ""
+    python: str = "python3"
+    reconnects: int = 4
+    statistic: str = "p50"
     processes: int = 5
     most_processes: int = 10
     precision: float = 0.03
@@ -74,18 +90,42 @@ class Device:
             "seconds > 0": self.seconds > 0,
             "limit_s > 0": self.limit_s > 0,
             "repeats >= 0": self.repeats >= 0,
+            "reconnects >= 0": self.reconnects >= 0,
         }
         for rule, kept in rules.items():
             if not kept:
                 name = rule.split()[0]
                 raise InputError(f"device={self.name}: {rule} must hold, got {name}={getattr(self, name)}")
+        if self.runtime not in RUNTIMES:
+            raise InputError(f"device={self.name}: runtime must be one of {', '.join(RUNTIMES)}, got '{self.runtime}'")
+        if self.statistic not in QUANTILES:
+            known = ", ".join(QUANTILES)
+            raise InputError(f"device={self.name}: statistic must be one of {known}, got '{self.statistic}'")
+        if self.host and self.runtime == "torch":
+            raise InputError(
+                f"device={self.name}: runtime=torch would need a pickled model on {self.host}; "
+                "choose onnxruntime or openvino there"
+            )
+        if "//" in self.host + self.ssh + self.python or " " in self.host:
+            raise InputError(f"device={self.name}: host, ssh and python must not hold '//', nor host a space")
+
+    @property
+    def quantile(self) -> float:
+        """What the statistic is, in (0, 1)."""
+        return QUANTILES[self.statistic]
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether networks run on a CPU."""
+        return self.place.lower().startswith("cpu")
 
     def plan(self, seed: int) -> dict[str, Any]:
         """How a worker is to time each network for a verdict."""
+        samples = max(self.samples, math.ceil(10 / (1 - self.quantile) / self.processes))  # ten passes above a quantile
         return {
-            "samples": self.samples,
+            "samples": samples,
             "width": self.width,
-            "seconds": self.seconds,
+            "seconds": self.seconds * samples / self.samples,
             "block": 5,
             "settle": True,
             "seed": seed,
@@ -103,24 +143,44 @@ class Worker:
         self.device = device
         self.pid: int | None = None
         self._group = execnet.Group()
-        threads = {"OMP_NUM_THREADS": device.threads, "MKL_NUM_THREADS": device.threads}
-        words = ["env", *(f"{name}={value}" for name, value in (ENVIRONMENT | threads).items()), sys.executable]
-        start = {"do": "start", "runtime": device.runtime, "device": device.place, "threads": device.threads}
+        self._log = tempfile.NamedTemporaryFile(prefix="autoprune_ssh_", suffix=".log")  # noqa: SIM115, closed in close
+        start = {"do": "start", "runtime": device.runtime, "place": device.place, "threads": device.threads}
+        start |= {"dtype": device.dtype, "path": [] if device.host else [str(p) for p in sys.path]}
         try:
-            self._channel = self._group.makegateway(f"popen//python={shlex.join(words)}").remote_exec(worker)
-            self.facts = self.ask({**start, "path": [str(p) for p in sys.path]}, limit_s=START_LIMIT_S)
-        except WorkerLostError:
-            raise
+            self._channel = self._group.makegateway(self._address()).remote_exec(worker)
+            self.facts = self.ask(start, limit_s=START_LIMIT_S)
+        except (WorkerLostError, EOFError, OSError, AssertionError, execnet.HostNotFound) as error:
+            said = self._said() or (
+                "what answered is no Python; does its shell print something?" * isinstance(error, AssertionError)
+            )
+            self.close()
+            raise WorkerLostError(f"a measuring worker could not be started ({said or error})") from error
         except MeasuringError as error:
             self.close()
             raise InputError(f"device={device.name} is not there: {error}") from error
-        except (EOFError, OSError) as error:
-            self.close()
-            raise WorkerLostError(f"a measuring worker could not be started ({error})") from error
         except BaseException:
             self.close()
             raise
         self.pid = self.facts.pop("pid")
+
+    def _address(self) -> str:
+        """Where execnet finds the fresh Python: the environment is set before it starts."""
+        threads = {"OMP_NUM_THREADS": self.device.threads, "MKL_NUM_THREADS": self.device.threads}
+        there = self.device.host
+        words = ["env", *(f"{name}={value}" for name, value in (ENVIRONMENT | threads).items())]
+        words.append(self.device.python if there else sys.executable)
+        python = f"python={shlex.join(words)}"
+        if not there:
+            return f"popen//{python}"
+        return f"ssh={SSH} -E {self._log.name} {self.device.ssh} {there}//{python}"
+
+    def _said(self) -> str:
+        """The last line that ssh wrote."""
+        with contextlib.suppress(OSError):
+            lines = [line.strip() for line in Path(self._log.name).read_text().splitlines() if line.strip()]
+            telling = [line for line in lines if "@@@" not in line and not line.startswith("Warning")]
+            return telling[-1] if telling else ""
+        return ""
 
     def ask(self, message: Mapping[str, Any], *, limit_s: float | None = None) -> dict[str, Any]:
         """Send a message and wait for its answer.
@@ -130,13 +190,14 @@ class Worker:
             MeasuringError: the network raised; the process lives on.
         """
         limit = limit_s or self.device.limit_s
-        watchdog = threading.Timer(limit, self._kill)  # sending blocks too, where the other side does not read
+        # sending blocks too, where the other side does not read
+        watchdog = threading.Timer(limit + GRACE_S, self._kill)
         watchdog.daemon = True
         watchdog.start()
         began = time.monotonic()
         try:
-            self._channel.send(dict(message))
-            answer: dict[str, Any] = self._channel.receive(limit)
+            self._channel.send({**message, "limit_s": limit})
+            answer: dict[str, Any] = self._channel.receive(limit + GRACE_S)
         except (EOFError, OSError, self._channel.TimeoutError, self._channel.RemoteError) as error:
             self.close()
             if time.monotonic() - began >= limit:
@@ -149,7 +210,7 @@ class Worker:
         return answer
 
     def _kill(self) -> None:
-        if self.pid is not None:
+        if self.pid is not None and not self.device.host:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -158,6 +219,7 @@ class Worker:
         self._kill()
         self.pid = None
         self._group.terminate(timeout=1.0)
+        self._log.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -166,6 +228,34 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_answered: set[Device] = set()  # by this process's questions: such a device is lost when it is not there
+
+
+def started(device: Device) -> Worker:
+    """A worker on the device. One that answered before and cannot be reached now is tried again, after longer and
+    longer waits.
+
+    Raises:
+        InputError: the device is not there.
+        DeviceLostError: it was there, and could not be reached again.
+    """
+    for attempt in range(device.reconnects + 1):
+        try:
+            worker = Worker(device)
+        except (WorkerLostError, InputError) as error:
+            if device not in _answered:
+                there = f"device={device.name} is not there: "
+                raise InputError(there + str(error).removeprefix(there)) from error
+            problem = error
+        else:
+            _answered.add(device)
+            return worker
+        if attempt < device.reconnects:
+            LOG.warning("device=%s: %s; it is tried again in %d s", device.name, problem, 2**attempt)
+            time.sleep(2**attempt)
+    raise DeviceLostError(f"device={device.name} was lost: {problem}")
 
 
 class WarmWorker:
@@ -178,7 +268,11 @@ class WarmWorker:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the runtime says of itself: runtime, threads, processor."""
+        """What the runtime says of itself: runtime, threads, processor.
+
+        Raises:
+            InputError: the device is not there.
+        """
         return self._started().facts
 
     def ask(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,7 +292,7 @@ class WarmWorker:
 
     def _started(self) -> Worker:
         if self._worker is None or self._worker.pid is None:
-            self._worker = Worker(self.device)
+            self._worker = started(self.device)
         return self._worker
 
 
@@ -212,23 +306,20 @@ def warm(device: Device) -> Iterator[WarmWorker]:
         worker.close()
 
 
-def packed(model: nn.Module, inputs: Sequence[Tensor]) -> bytes:
-    """A model and its inputs for a worker on this machine.
+def fresh(device: Device, message: Mapping[str, Any]) -> dict[str, Any]:
+    """The answer of a process started for this message alone, with the device's facts; once more where it is lost."""
 
-    Raises:
-        InputError: the model holds something that no other process can be given (a lock, an open file).
-    """
-    import cloudpickle
+    def once() -> dict[str, Any]:
+        with started(device) as worker:
+            return {**worker.ask(message), "facts": worker.facts}
 
     try:
-        return bytes(cloudpickle.dumps((model, tuple(inputs))))
-    except Exception as error:
-        raise InputError(
-            f"the model cannot be sent to a measuring process ({type(error).__name__}: {error}): "
-            "its attributes must be tensors, modules and plain values"
-        ) from error
+        return once()
+    except WorkerLostError as error:
+        LOG.warning("%s; another one is started", error)
+        return once()
 
 
 def settings(device: Device) -> dict[str, Any]:
     """What a measured value depends on, for keys and fingerprints."""
-    return {key: value for key, value in asdict(device).items() if key in ("runtime", "place", "threads")}
+    return {key: getattr(device, key) for key in ("runtime", "place", "threads", "dtype", "host", "statistic")}

@@ -1,11 +1,13 @@
-"""A measured cost predicted from widths: every layer's own function of its input and output width, fitted to what the
-layers took inside whole networks on the device.
+"""A measured cost predicted from widths: every layer's own function of its input and output width, fitted to whole
+networks on the device: to what each layer took inside them, or to what each network took, where layers are fused or
+that predicts better.
 
 Kernels work on blocks of channels, so a cost is a stair with slopes between: a layer's cost is a non-negative
 combination of products phi_i(out) x phi_j(in), where phi holds 1, the width, the width rounded up to 8, 16 and 32, and
-whether (and how much) it is no multiple of 8 or 16, as unaligned widths may take slower kernels. Layers of one kind and
-shape share their coefficients (non-negative least squares on relative errors; Lawson & Hanson 1974). What the network
-takes beyond its layers (activations, additions) is a constant and a slope for each group, fitted to whole networks.
+whether (and how much) it is no multiple of 4, 8 or 16 or is below 16, as such widths may take slower kernels. Layers of
+one kind and shape share their coefficients (non-negative least squares on relative errors; Lawson & Hanson 1974). What
+the network takes beyond its layers (activations, additions) is a constant and a slope for each group. Fitted to whole
+networks, a layer has few of these products (FEW).
 
 Letters: G groups, L levels of one group, F features, S samples.
 """
@@ -16,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from scipy.optimize import nnls
@@ -27,7 +29,21 @@ if TYPE_CHECKING:
     from autoprune.core import Floats
 
 BLOCKS = (8, 16, 32)
+RAGGED = (4, 8, 16)
+NARROW = 16
+By = Literal["network", "layers"]
+FOLDS = 4
+# (of the output, of the input) width, in the words of features()
+FEW = (
+    *(("width", "width"), ("width", "1"), ("1", "width"), ("up to 8", "up to 8"), ("up to 16", "up to 16")),
+    *((f"ragged {b} x width", "width") for b in RAGGED),
+    *(("width", f"ragged {b} x width") for b in RAGGED),
+    *(("ragged 4 x width", "1"), ("1", "ragged 4 x width"), ("width", "narrow x width"), ("1", "narrow x width")),
+)
 NOTICEABLE = 0.03  # of a group's range: a narrower width that gains less is no step
+
+
+Alike = tuple[str, tuple[float, float]]  # what a layer is, its dense output and input width
 
 
 @dataclass(frozen=True)
@@ -49,23 +65,29 @@ class LayerCost:
     coefficients: Floats = field(repr=False)
 
     def at(self, out: float, into: float) -> float:
-        return float(features(out, self.dense[0]) @ self.coefficients @ features(into, self.dense[1]))
+        return float(phi(out, self.dense[0]) @ self.coefficients @ phi(into, self.dense[1]))
 
     def of(self, kept: Sequence[int]) -> float:
         return self.at(*(width_of(side, kept) for side in self.sides))
 
 
-def features(width: float, dense: float) -> Floats:
-    """phi of a width [F]; F depends on the dense width alone."""
-    found = [1.0, width]
-    for block in BLOCKS:
-        if block <= dense:
-            found.append(block * math.ceil(width / block))
-    for block in BLOCKS[:2]:
+def features(width: float, dense: float) -> dict[str, float]:
+    """phi of a width, F values by name; which there are depends on the dense width alone."""
+    found = {"1": 1.0, "width": width}
+    found |= {f"up to {block}": block * math.ceil(width / block) for block in BLOCKS if block <= dense}
+    for block in RAGGED:
         if block <= dense:
             ragged = float(width % block != 0)
-            found += [ragged, ragged * width]
-    return np.array(found)
+            found |= {f"ragged {block}": ragged, f"ragged {block} x width": ragged * width}
+    if dense >= NARROW:
+        narrow = float(width < NARROW)
+        found |= {"narrow": narrow, "narrow x width": narrow * width}
+    return found
+
+
+def phi(width: float, dense: float) -> Floats:
+    """The same as a vector [F]."""
+    return np.array(list(features(width, dense).values()))
 
 
 @dataclass(frozen=True)
@@ -160,31 +182,95 @@ def fit(
     *,
     name: str,
     unit: str,
+    by: By,
 ) -> FittedCost:
-    """Fit layers and base to samples [S], of which one is the dense network.
+    """Fit layers and base to samples [S], of which the first is the dense network.
 
     sides: layer -> its output and input width; kinds: layer -> what it is; layers of one kind share coefficients.
+    by: whether to what each layer took, or to what each network took.
     """
     dense = [g.size for g in space.groups]
-    alike: dict[tuple[str, tuple[float, ...]], list[str]] = defaultdict(list)
+    alike: dict[Alike, list[str]] = defaultdict(list)
     for layer, kind in kinds.items():
-        alike[kind, tuple(width_of(side, dense) for side in sides[layer])].append(layer)
+        out, into = (width_of(side, dense) for side in sides[layer])
+        alike[kind, (out, into)].append(layer)
+    plain = FittedCost(name, unit, space, (), (0.0,) * (len(dense) + 1), tuple(dense))
+    ways = {"layers": _fit_to_layers, "network": _fit_to_networks}
+    return ways[by](plain, samples, sides, alike)
+
+
+def better(
+    samples: Sequence[Sample],
+    sides: Mapping[str, tuple[Width, Width]],
+    kinds: Mapping[str, str],
+    space: PruningSpace,
+) -> By:
+    """The way of fitting with the smaller median error on networks left out, in four folds."""
+    if not all(set(kinds) <= set(sample.layers) for sample in samples):
+        return "network"
+    errors = {}
+    for by in get_args(By):
+        found = []
+        for fold in range(FOLDS):
+            left_out = [s for i, s in enumerate(samples) if i and i % FOLDS == fold]
+            rest = [s for i, s in enumerate(samples) if not i or i % FOLDS != fold]
+            fitted = fit(rest, sides, kinds, space, name="", unit="", by=by)
+            found += [abs(fitted.at_widths(s.kept) / s.total - 1) for s in left_out]
+        errors[by] = float(np.median(found))
+    return min(errors, key=lambda by: errors[by])
+
+
+def _fit_to_layers(
+    plain: FittedCost,
+    samples: Sequence[Sample],
+    sides: Mapping[str, tuple[Width, Width]],
+    alike: Mapping[Alike, Sequence[str]],
+) -> FittedCost:
     layers = []
     for (_, full), names in alike.items():
         rows = [(sample, layer) for sample in samples for layer in names if layer in sample.layers]
         design = np.array([_products(sides[layer], full, sample.kept) for sample, layer in rows])
         coefficients = _relative_nnls(design, np.array([sample.layers[layer] for sample, layer in rows]))
-        shape = tuple(len(features(w, w)) for w in full)
-        layers += [LayerCost(n, sides[n], (full[0], full[1]), coefficients.reshape(shape)) for n in names]
-    plain = FittedCost(name, unit, space, tuple(layers), (0.0,) * (len(dense) + 1), tuple(dense))
+        shape = tuple(len(phi(w, w)) for w in full)
+        layers += [LayerCost(n, sides[n], full, coefficients.reshape(shape)) for n in names]
+    known = replace(plain, layers=tuple(layers))
     totals = np.array([sample.total for sample in samples])
-    beyond = totals - np.array([plain.at_widths(sample.kept) for sample in samples])
+    beyond = totals - np.array([known.at_widths(sample.kept) for sample in samples])
     design = np.array([(1.0, *sample.kept) for sample in samples])
-    return replace(plain, base=tuple(_relative_nnls(design, beyond, totals).tolist()))
+    return replace(known, base=tuple(_relative_nnls(design, beyond, totals).tolist()))
+
+
+def _fit_to_networks(
+    plain: FittedCost,
+    samples: Sequence[Sample],
+    sides: Mapping[str, tuple[Width, Width]],
+    alike: Mapping[Alike, Sequence[str]],
+) -> FittedCost:
+    few = {kind: _few_products(kind[1]) for kind in alike}
+    design = []
+    for sample in samples:
+        row = [np.array([1.0, *sample.kept])]
+        for kind, names in alike.items():
+            row.append(np.sum([_products(sides[layer], kind[1], sample.kept)[few[kind]] for layer in names], axis=0))
+        design.append(np.concatenate(row))
+    found = _relative_nnls(np.array(design), np.array([sample.total for sample in samples]))
+    layers, at = [], len(plain.base)
+    for kind, names in alike.items():
+        coefficients = np.zeros([len(phi(w, w)) for w in kind[1]])
+        coefficients.ravel()[few[kind]] = found[at : at + len(few[kind])]
+        at += len(few[kind])
+        layers += [LayerCost(n, sides[n], kind[1], coefficients) for n in names]
+    return replace(plain, layers=tuple(layers), base=tuple(found[: len(plain.base)].tolist()))
+
+
+def _few_products(full: tuple[float, float]) -> list[int]:
+    """Where, among all products of a layer, FEW are."""
+    out, into = (list(features(width, width)) for width in full)
+    return [out.index(a) * len(into) + into.index(b) for a, b in FEW if a in out and b in into]
 
 
 def _products(sides: tuple[Width, Width], full: Sequence[float], kept: Sequence[int]) -> Floats:
-    out, into = (features(width_of(side, kept), dense) for side, dense in zip(sides, full, strict=True))
+    out, into = (phi(width_of(side, kept), dense) for side, dense in zip(sides, full, strict=True))
     return np.outer(out, into).ravel()
 
 

@@ -2,8 +2,8 @@
 
 Networks are measured in one warm process, each pass beside one of the same reference network: the machine's slow and
 fast spells cancel in the ratio of the two. The dense network is measured like a verdict, in fresh processes; it anchors
-the table. Half of the widths are drawn at multiples of 8 or 16, where stairs have their edges. Networks that were not
-fitted tell how wrong the table is.
+the table. Three quarters of the widths are drawn at multiples of 4, 8 or 16, where stairs have their edges. Networks
+that were not fitted tell how wrong the table is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import json
 import logging
 import math
 import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,16 +23,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoprune.core import InputError, Measurement, PruningSpace, Width
-from autoprune.meters.device import Device, MeasuringError, WarmWorker, packed, settings, warm
-from autoprune.meters.fitted import FittedCost, Sample, fit
+from autoprune.meters.device import Device, MeasuringError, WarmWorker, settings, warm
+from autoprune.meters.fitted import By, FittedCost, Sample, better, fit
 from autoprune.meters.latency import Latency
+from autoprune.meters.wire import packed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from autoprune.core import Floats
 
-SCHEMA = 1
+SCHEMA = 2
 PASSES = 10
 LOG = logging.getLogger("autoprune")
 Cut = Callable[[Sequence[int]], "nn.Module"]
@@ -58,7 +58,7 @@ class CostTable:
     """What was measured on a device, and for what: enough to fit the same cost model again, anywhere.
 
     dense: the dense network's verdict. samples: fitted ones first, the last `held_out` only tell the error. sides and
-    kinds: what each timed layer's cost depends on. facts: the device and the versions.
+    kinds: what each layer's cost depends on. by: what the cost is fitted to. facts: the device and the versions.
     """
 
     dense: Measurement
@@ -66,6 +66,7 @@ class CostTable:
     held_out: int
     sides: Mapping[str, tuple[Width, Width]]
     kinds: Mapping[str, str]
+    by: By
     facts: Mapping[str, Any]
 
     @property
@@ -88,7 +89,7 @@ class CostTable:
 
     def _fitted(self, space: PruningSpace) -> FittedCost:
         fitted = self.samples[: len(self.samples) - self.held_out]
-        return fit(fitted, self.sides, self.kinds, space, name="latency_ms", unit="ms")
+        return fit(fitted, self.sides, self.kinds, space, name="latency_ms", unit="ms", by=self.by)
 
     def to_json(self) -> dict[str, Any]:
         sides = {n: [[fixed, list(map(list, of.items()))] for fixed, of in pair] for n, pair in self.sides.items()}
@@ -98,6 +99,7 @@ class CostTable:
             "dense": asdict(self.dense),
             "held_out": self.held_out,
             "kinds": dict(self.kinds),
+            "by": self.by,
             "sides": sides,
             "samples": [asdict(s) for s in self.samples],
         }
@@ -117,6 +119,7 @@ class CostTable:
             held_out=int(values["held_out"]),
             sides={n: (width(a), width(b)) for n, (a, b) in values["sides"].items()},
             kinds=dict(values["kinds"]),
+            by=values["by"],
             facts=dict(values["facts"]),
         )
 
@@ -136,7 +139,6 @@ def key(
     return {
         "schema": SCHEMA,
         "autoprune": version("autoprune"),
-        "machine": platform.node(),
         **settings(device),
         **facts,
         "model, inputs and groups": hashlib.sha256(content.encode()).hexdigest()[:16],
@@ -198,17 +200,17 @@ def build(
         MeasuringError: more than half of the networks could not be measured.
     """
     dense = meter.measure(model, inputs)
-    sizes = [g.size for g in space.groups]
+    runtime, sizes = meter.device.runtime, [g.size for g in space.groups]
     kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
     samples: list[Sample | None] = []
-    kinds: dict[str, str] = {}
     sides = _sides(weights)
+    kinds = _kinds(model, inputs, sides)
     with warm(meter.device) as worker:
-        reference = packed(cut([max(1, n // 3) for n in sizes]), inputs)
+        reference = packed(cut([max(1, n // 3) for n in sizes]), inputs, runtime)
         spells: list[float] = []
         for i, widths in enumerate(kept):
             try:
-                answer = _measured(worker, [packed(cut(widths), inputs), reference], meter.device, seed + i)
+                answer = _measured(worker, [packed(cut(widths), inputs, runtime), reference], meter.device, seed + i)
             except MeasuringError as error:
                 LOG.warning("a network of the cost table could not be measured and is left out: %s", error)
                 samples.append(None)
@@ -216,27 +218,50 @@ def build(
             own, other = (np.array(row["wall_ms"]) for row in answer["rows"])
             spell, layers = float(np.median(other)), answer["layers"]
             spells.append(spell)
-            each = {name: row["ms"] / spell for name, row in layers.items()}
+            each = {name: ms / spell for name, ms in layers.items() if name in kinds}
             samples.append(Sample(tuple(widths), float(np.median(own / other)), each))
-            kinds = kinds or {name: f"{row['what']} on {row['input']}" for name, row in layers.items() if name in sides}
             on_step()
     fitted, tested = ([s for s in part if s] for part in (samples[: plan.networks], samples[plan.networks :]))
     if samples[0] is None or len(fitted) < plan.networks / 2 or not tested:
         raise MeasuringError("too few networks could be measured for a cost table; the log says why")
     typical = float(np.median(spells))
+    sides = {name: sides[name] for name in kinds}
     return CostTable(
         dense=dense,
         samples=tuple(_scaled(sample, typical) for sample in (*fitted, *tested)),
         held_out=len(tested),
-        sides={name: sides[name] for name in kinds},
+        sides=sides,
         kinds=kinds,
+        by=better([s for s in fitted if s], sides, kinds, space),
         facts=facts,
     )
 
 
-def _measured(worker: WarmWorker, blobs: Sequence[bytes], device: Device, seed: int) -> dict[str, Any]:
+def _measured(worker: WarmWorker, blobs: Sequence[dict[str, Any]], device: Device, seed: int) -> dict[str, Any]:
     plan = {**device.plan(seed), "samples": PASSES, "width": math.inf, "block": 1, "settle": False}
     return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layers_of": blobs[0], "layer_passes": 4})
+
+
+def _kinds(model: nn.Module, inputs: Sequence[Tensor], wanted: Iterable[str]) -> dict[str, str]:
+    """Layer -> what it is and the shape it is given, for those that run."""
+    import torch
+
+    found: dict[str, str] = {}
+
+    def seen(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            shape = list(args[0].shape) if args and hasattr(args[0], "shape") else []
+            found.setdefault(name, f"{module} on {shape}")
+
+        return hook
+
+    modules = dict(model.named_modules())
+    hooks = [modules[name].register_forward_hook(seen(name)) for name in wanted if name in modules]
+    with torch.inference_mode():
+        model(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 def _scaled(sample: Sample, by: float) -> Sample:
@@ -261,7 +286,7 @@ def _sides(weights: Mapping[str, tuple[Width, Width]]) -> dict[str, tuple[Width,
 
 def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:
     """Units kept of each group for `count` networks: depths evenly spread from shallow to deep, each group drawn around
-    its network's depth, half of the widths at multiples of 8 or 16."""
+    its network's depth, three quarters of the widths at multiples of 4, 8 or 16."""
     rng = np.random.default_rng(seed)
     depths = (rng.permutation(count) + rng.random(count)) / count
     networks = []
@@ -270,7 +295,7 @@ def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:
         for group in space.groups:
             floor = group.kept(group.levels[-1])
             width = round(group.size - (group.size - floor) * min(1.0, rng.uniform(0, 2 * depth)))
-            block = int(rng.choice([1, 1, 8, 16]))
+            block = int(rng.choice([1, 4, 8, 16]))
             if group.size > block:
                 width = min(group.size, max(floor, math.floor(width / block + 0.5) * block))
             kept.append(width)
