@@ -42,11 +42,15 @@ class CountedCost:
         """The same model shifted so that the dense prediction is `dense`."""
         return replace(self, offset=self.offset + dense / self.scale - self.predict(self.space.dense()) / self.scale)
 
+    def scaled(self, dense: float) -> CountedCost:
+        """The same model multiplied so that the dense prediction is `dense`."""
+        return replace(self, scale=self.scale * dense / self.predict(self.space.dense()))
+
     def calibrated(self, trials: Sequence[Trial]) -> CountedCost:
-        """Scaled so that the last of these trials whose cost is known (not predicted) is predicted exactly."""
+        """Scaled so that the upper end of the last decided cost among these trials, not predicted, is predicted."""
         for trial in reversed(trials):
             known = trial.costs.get(self.name)
-            if known is not None and known.kind != "predicted":
+            if known is not None and known.kind != "predicted" and known.decided:
                 plain = replace(self, scale=1.0).predict(trial.candidate.ratios)
                 return replace(self, scale=known.high / plain)
         return self
@@ -78,6 +82,19 @@ class CountedCost:
                         pairs[b, a] = pairs[b, a] + product.T
         scaled = {key: table * self.scale for key, table in pairs.items()}
         return CostForm(constant * self.scale, tuple(u * self.scale for u in unary), scaled)
+
+
+class AddedCost(CountedCost):
+    """A counted cost beside something of unknown size, as memory beside a runtime's own: what is measured moves the
+    offset and leaves the slope."""
+
+    def calibrated(self, trials: Sequence[Trial]) -> AddedCost:
+        """Shifted so that the upper end of the last measurement among these trials is predicted."""
+        for trial in reversed(trials):
+            known = trial.costs.get(self.name)
+            if known is not None and known.kind != "predicted" and known.decided:
+                return replace(self, offset=self.offset + known.high - self.predict(trial.candidate.ratios))
+        return self
 
 
 def _term(term: Term, kept: Sequence[int]) -> float:

@@ -1,0 +1,42 @@
+"""The dense network's measurement, kept in a folder: a search that goes on steers by the one that it began with."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoprune.core import InputError, Measurement, Meter
+from autoprune.meters.profile import path_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def measured(
+    meter: Meter, model: nn.Module, inputs: tuple[Tensor, ...], *, facts: Mapping[str, Any], folder: Path | None
+) -> Measurement:
+    """The measurement for these facts that the folder keeps, or a new one, kept there unless it was disturbed.
+
+    Raises:
+        InputError: the file in the folder is damaged.
+    """
+    facts = {**facts, "cost": meter.name}
+    path = None if folder is None else path_of(folder, facts)
+    if path is not None and path.exists():
+        try:
+            values = json.loads(path.read_text())["dense"]
+            return Measurement(**{**values, "notes": tuple(values["notes"])})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the measurement {path} is damaged ({type(error).__name__}: {error}): delete it"
+            ) from error
+    found = meter.measure(model, inputs)
+    if path is not None and found.decided:
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps({"facts": facts, "dense": asdict(found)}))
+        temporary.replace(path)
+    return found
