@@ -18,17 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.components import CONF, bind, make_task, names
-from autoprune.core import Budget, InputError
+from autoprune.core import Budget, DeviceLostError, InputError
 
 if TYPE_CHECKING:
     from autoprune.report import Screen
 
-GROUPS = ("task", "strategy", "criterion", "device", "evaluator", "finetune")
+GROUPS = ("task", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),
     str: ((str, type(None)), "text"),
+}
+FOLDER_COMMANDS = {
+    "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
+    "report": "Write report.html of a finished run again.",
 }
 MET, FAILED, WRONG_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -38,6 +42,7 @@ usage: python -m autoprune COMMAND [key=value ...]
 
   search     find the ratios, the smaller network and the report    search budget=latency_20ms
   profile    build or refresh the device's cost table               profile device=torch_cpu
+  measure    measure a finished run's network again                measure outputs/.../
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
   report     write report.html of a finished run again              report outputs/.../
 
@@ -64,10 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"autoprune: {' '.join(str(error).split())}\n")
         return WRONG_INPUT
-    except KeyboardInterrupt:
-        line = shlex.join([sys.executable, "-m", "autoprune", *arguments])
+    except DeviceLostError as error:
         kept = "what was scored is kept. To go on" if command == "search" else "nothing is kept. To begin again"
-        sys.stderr.write(f"\nautoprune: interrupted; {kept}:\n  {line}\n")
+        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}; {kept}:\n  {_same_line(arguments)}\n")
+        return FAILED
+    except KeyboardInterrupt:
+        kept = "what was scored is kept. To go on" if command == "search" else "nothing is kept. To begin again"
+        sys.stderr.write(f"\nautoprune: interrupted; {kept}:\n  {_same_line(arguments)}\n")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001, the last door
         logging.getLogger("autoprune").error("%s", traceback.format_exc())
@@ -79,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)\n"
         )
         return FAILED
+
+
+def _same_line(arguments: Sequence[str]) -> str:
+    return shlex.join([sys.executable, "-m", "autoprune", *arguments])
 
 
 def _search(words: Sequence[str]) -> int:
@@ -106,6 +118,7 @@ def _search(words: Sequence[str]) -> int:
             strategy=config["strategy"],
             criterion=config["criterion"],
             device=config["device"],
+            energy=config["energy"],
             seed=config["seed"],
             tables=config["profile"]["folder"],
             readings=folder / "readings.jsonl",
@@ -172,6 +185,35 @@ def _finetune(words: Sequence[str]) -> int:
     return MET
 
 
+def _measure(words: Sequence[str]) -> int:
+    from autoprune import report, run
+
+    if len(words) != 1:
+        raise InputError(
+            "measure takes one argument, the folder of a finished run: python -m autoprune measure RUN_DIR"
+        )
+    folder = Path(words[0])
+    config = _config_of(folder)
+    task = make_task(config["task"])
+    then, now = run.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
+    return MET if report.show_again(folder, then, now) else NOT_MET
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The configuration that a search left in its folder."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+        _ = values["task"]["_target_"], values["device"]["_target_"], values["seed"]
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+        raise InputError(
+            f"{folder} is not the folder of a search: config.yaml {type(error).__name__} {error}"
+        ) from error
+    return values  # type: ignore[no-any-return]
+
+
 def _report(words: Sequence[str]) -> int:
     from autoprune import report
 
@@ -185,6 +227,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": _search,
     "profile": _profile,
     "finetune": _finetune,
+    "measure": _measure,
     "report": _report,
 }
 
@@ -331,8 +374,8 @@ def _watched() -> Screen:
 
 
 def _command_help(command: str) -> str:
-    if command == "report":
-        return "usage: python -m autoprune report RUN_DIR\n\nWrite report.html of a finished run again.\n"
+    if command in FOLDER_COMMANDS:
+        return f"usage: python -m autoprune {command} RUN_DIR\n\n{FOLDER_COMMANDS[command]}\n"
     lines = [f"usage: python -m autoprune {command} [key=value ...]\n", (CONF / f"{command}.yaml").read_text()]
     for group in GROUPS:
         if f"- {group}: " in lines[1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,22 +23,31 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
     environment = Environment(loader=PackageLoader("autoprune", "."), autoescape=True, undefined=StrictUndefined)
     environment.filters.update(amount=amount, percent=percent, points=points, interval=with_interval)
     curves = sensitivity_curves(values["groups"], trials)
-    values = {"cost_table": {"held_out": [], "answers": []}, "layers": [], **values}  # absent in older runs
+    values = {
+        "cost_table": {"held_out": [], "answers": []},
+        "layers": [],
+        "rounds": [],
+        **values,
+    }  # absent in older runs
     return environment.get_template("report.html.j2").render(
         values=values,
         ratios=_ratios_svg(values),
         sensitivity=_sensitivity_svg(values, curves) if curves else "",
         prediction=_prediction_svg(values["cost_table"]) if values["cost_table"]["held_out"] else "",
         layers=_layers_svg(values["layers"]) if values["layers"] else "",
+        rounds=_rounds_svg(values, trials) if values["rounds"] else "",
+        about=[json.loads(trials[made["winner"]]["about"]) for made in values["rounds"]],
     )
 
 
 def sensitivity_curves(
     groups: Mapping[str, Any], trials: Sequence[Mapping[str, str]]
 ) -> dict[str, list[tuple[float, float, float, float]]]:
-    """Group -> (ratio, loss change, low, high) of the trials that prune that group alone, by ratio."""
+    """Group -> (ratio, loss change, low, high) of the trials of a sweep that prune that group alone, by ratio."""
     curves: dict[str, list[tuple[float, float, float, float]]] = {}
     for trial in trials:
+        if trial.get("parent") or trial.get("about"):
+            continue  # of a round, not of a sweep
         pruned = [name for name in groups if float(trial[RATIO + name]) > 0]
         if len(pruned) == 1 and trial["recovery"] == "probe" and not trial["error"]:
             change = (float(trial[k]) for k in ("loss_change", "loss_change_low", "loss_change_high"))
@@ -83,7 +93,7 @@ def _sensitivity_svg(
 
 def _prediction_svg(table: Mapping[str, Any]) -> str:
     figure, axes = _figure(4.5, 4.2, 1, 1)
-    answers = [(a["predicted"], a["measured"]) for a in table["answers"]]
+    answers = [(a["predicted"], a["measured"]) for a in table["answers"] if a["cost"] == "latency_ms"]
     top = 1.05 * max(value for pair in (*table["held_out"], *answers) for value in pair)
     axes[0].plot([0, top], [0, top], color=GREY, linewidth=0.8)
     axes[0].plot(*zip(*table["held_out"], strict=True), "o", color=BLUE, markersize=4)
@@ -104,6 +114,29 @@ def _layers_svg(layers: Sequence[Mapping[str, Any]]) -> str:
     axes[0].set_yticks(places, [row["name"] for row in layers])
     axes[0].invert_yaxis()
     axes[0].set_xlabel("ms")
+    axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
+    return _svg(figure)
+
+
+def _rounds_svg(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
+    """Score against the first budget's cost: the proposals of all rounds, and the way of the winners."""
+    budget, rounds = values["budgets"][0], values["rounds"]
+    figure, axes = _figure(7.5, 4.0, 1, 1)
+    for recovery, colour, label in (("probe", GREY, "recalibrated"), ("short", BLUE, "fine-tuned")):
+        proposed = (trials[n] for made in rounds for n in made["proposals"])
+        shown = [t for t in proposed if t["recovery"] == recovery and not t["error"]]
+        if shown:
+            x, y = zip(*((float(t[budget["cost"]]), float(t["score"])) for t in shown), strict=True)
+            axes[0].plot(x, y, "o", color=colour, alpha=0.6, markersize=3, label=f"proposals, {label}")
+    dense = (t for t in trials if not t["error"] and not any(float(t[RATIO + name]) for name in values["groups"]))
+    way = [(values["costs"][budget["cost"]]["dense"], float(t["score"])) for t in dense][:1]
+    way += [(made["measured"][0], made["score_after"]) for made in rounds]
+    axes[0].plot(*zip(*way, strict=True), color=ORANGE, marker="o", markersize=5, linewidth=1.2, label="winners")
+    axes[0].axvline(budget["limit"], color=GREY, linestyle="--", linewidth=1.2)
+    axes[0].set_xlabel(
+        f"{budget['cost']} in {budget['unit']}: winners measured, proposals predicted; dashed: the limit"
+    )
+    axes[0].set_ylabel(f"score on the search split ({values['score']['metric']})", color=GREY)
     axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
     return _svg(figure)
 

@@ -29,7 +29,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from autoprune.core import InputError, Measurement, PruningSpace, Trial
+from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial
 from autoprune.meters.fitted import stair_levels
 from autoprune.page import RATIO, amount, html, percent, points, with_interval
 
@@ -46,6 +46,7 @@ VERDICTS = {
     False: "[bold red]not met[/]; this is the closest found",
     None: "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine",
 }
+MODELLED = " [yellow](modelled, not measured)[/]"
 
 
 class Screen:
@@ -126,7 +127,7 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
         highlight=False,
     )
     for budget in values["budgets"]:
-        verdict = VERDICTS[budget["met"]]
+        verdict = VERDICTS[budget["met"]] + MODELLED * (budget["kind"] == "modelled")
         console.print(
             f"budget {budget['asked']}: {with_interval(budget)} of at most {amount(budget['limit'])} "
             f"{budget['unit']}, {verdict}",
@@ -179,6 +180,21 @@ def show_profile(table: CostTable, space: PruningSpace) -> None:
         f"median {percent(float(np.median(errors)))}, 90th percentile {percent(float(np.quantile(errors, 0.9)))}, "
         f"largest {percent(float(errors.max()))}",
     )
+
+
+def show_again(folder: Path, then: Measurement, now: Measurement) -> bool:
+    """A run's latency beside a second measurement; whether every latency budget of the run is met by that one."""
+    console = Console()
+    for when, m in (("then", then), ("now", now)):
+        console.print(f"{when}: {with_interval(asdict(m))} {m.unit} ({m.notes[0]})", highlight=False)
+    console.print(f"apart: {100 * (now.value / then.value - 1):+.1f} %", highlight=False)
+    met = True
+    for b in json.loads((folder / "result.json").read_text())["budgets"]:
+        if b["cost"] == "latency_ms":
+            verdict = Budget(b["cost"], b["limit"], b["unit"]).met(now)
+            console.print(f"budget {b['asked']}: {VERDICTS[verdict].partition(';')[0]}", highlight=False)
+            met = met and bool(verdict)
+    return met
 
 
 def _lines(console: Console, *lines: str) -> None:
@@ -264,14 +280,16 @@ def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> N
     costs = sorted({name for trial in trials for name in trial.costs})
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        head = ["number", "recovery", "score", "score_low", "score_high", "loss", "loss_change", "loss_change_low"]
-        head += ["loss_change_high", *costs, "feasible", "cached", "seconds", "error"]
+        head = ["number", "recovery", "parent", "about", "score", "score_low", "score_high", "loss", "loss_change"]
+        head += ["loss_change_low", "loss_change_high", *costs, "feasible", "cached", "seconds", "error"]
         writer.writerow([*head, *(RATIO + g.name for g in space.groups)])
         for t in trials:
             change = t.loss_change or Measurement.exact(math.nan, "loss", "measured")
             row: list[object] = [
                 t.number,
                 t.candidate.recovery,
+                "" if t.candidate.parent is None else t.candidate.parent,
+                json.dumps(dict(t.candidate.about), separators=(",", ":")) if t.candidate.about else "",
                 t.score,
                 t.score_low,
                 t.score_high,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,13 +18,16 @@ from autoprune import components, costs, loop
 from autoprune import final as last_steps
 from autoprune.borrowing import check_writable, first, seeded
 from autoprune.checks import check_place, check_seed, check_task
-from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial
+from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial, all_met
 from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
+from autoprune.lineage import Networks, folder_beside
 from autoprune.meters.device import Device
-from autoprune.meters.latency import Latency
+from autoprune.meters.energy import Constants
+from autoprune.meters.latency import Latency, Reference
 from autoprune.meters.profile import CostTable, Profile
+from autoprune.prune import RatioTable
 from autoprune.recover import FineTune, recalibrate
 from autoprune.result import Result
 from autoprune.space import trace
@@ -32,6 +36,7 @@ from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
 
 LOG = logging.getLogger("autoprune")
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +56,7 @@ def search(
     strategy: str | Mapping[str, Any] = "sensitivity",
     criterion: str | Mapping[str, Any] = "l1",
     device: str | Mapping[str, Any] | Device = "torch_cpu",
+    energy: str | Mapping[str, Any] | Constants = "horowitz_45nm",
     seed: int = 0,
     space: Space = Space(),
     scoring: Scoring = Scoring(),
@@ -66,10 +72,11 @@ def search(
     """Find a ratio for each group under the budgets, and the fine-tuned smaller network.
 
     budget: one or several, see Budget.parse. strategy, criterion, device: a name in conf/, or a mapping with `_target_`
-    and keyword arguments; device is where latency is measured. profile: how the device's cost table is made where the
-    folder `tables` has none; without that folder a search under a measured budget cannot be resumed, as its table is
-    measured anew. storage: an Optuna storage URL; the same search on the same study goes on where it ended.
-    None keeps the record in memory. study_name: by default made of task, strategy, budget, seed and fingerprint.
+    and keyword arguments; device is where latency, resident memory and energy are measured. energy: the constants that
+    energy is modelled with where the device has no counter, given alike. profile: how the device's cost table is made
+    where the folder `tables` has none; without that folder a search under a measured budget cannot be resumed, as the
+    dense network is measured anew. storage: an Optuna storage URL; the same search on the same study goes on where it
+    ended. None keeps the record in memory. study_name: by default made of task, strategy, budget, seed and fingerprint.
     cache: a folder for scores shared by searches. readings: a file that every raw latency sample is appended to.
 
     Raises:
@@ -82,7 +89,7 @@ def search(
     costs.check_budgets(budgets)
     check_seed(seed)
     check_place(scoring.device, "evaluator.device")
-    target = device_of(device)
+    target, constants = device_of(device), _built(Constants, "energy", energy)
     chosen = {
         "strategy": components.chosen("strategy", strategy),
         "criterion": components.chosen("criterion", criterion),
@@ -109,6 +116,7 @@ def search(
         round_to=space.round_to,
         seed=seed,
         readings=None if readings is None else Path(readings),
+        constants=constants,
         progress=progress,
     )
     with seeded(seed):
@@ -134,13 +142,13 @@ def search(
         for text, limit in zip(asked, prices.limits, strict=True):
             progress.say(_already(text, limit, dense_now[limit.cost]))
     else:
+        limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
+        planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
-        planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)
         trials = _converse(planner, evaluator, study, progress)
-        answer = _best(trials, prices.limits)
+        answer = _best(trials, prices.steered, prices.limits)
         model = _recovered(evaluator, answer, final, seed=seed, progress=progress)
     return concluded(
         evaluator,
@@ -157,6 +165,7 @@ def search(
         study=name,
         storage=storage,
         findings={f.group: f.what for f in getattr(planner, "findings", ())} if trials else {},
+        rounds=tuple(asdict(made) for made in getattr(planner, "trace", ())) if trials else (),
         began=began,
     )
 
@@ -197,13 +206,44 @@ def latency(
     return Latency(device_of(device), seed=seed).measure(model, inputs)
 
 
+def measured_again(
+    task: Task, folder: Path, *, device: str | Mapping[str, Any] | Device = "torch_cpu", seed: int = 1
+) -> tuple[Measurement, Measurement]:
+    """The latency of a finished run's written network as the run measured it, and as it is now in new processes.
+
+    Raises:
+        InputError: the folder holds no run that measured a latency, or not of this task.
+    """
+    table = RatioTable.load(folder / "ratios.yaml")
+    model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
+    try:
+        values = json.loads((folder / "result.json").read_text())
+        cost = values["costs"]["latency_ms"]
+        relative = any(b["asked"].endswith("pct") for b in values["budgets"] if b["cost"] == "latency_ms")
+        then = Measurement(**{**cost["measured"], "notes": tuple(cost["measured"]["notes"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
+    dense = Measurement.exact(cost["dense"], "ms", "measured")
+    meter = Latency(device_of(device), seed=seed).beside(Reference(task.model, dense, relative))
+    return then, meter.measure(model, task.inputs)
+
+
 def device_of(value: str | Mapping[str, Any] | Device) -> Device:
     """The device of a name in conf/device/, or of a mapping with `_target_`."""
-    if isinstance(value, Device):
+    return _built(Device, "device", value)
+
+
+def _built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) -> Kind:
+    """The value of a name in a folder of conf/, or of a mapping with `_target_`.
+
+    Raises:
+        InputError: there is no such name, or what it makes is of another kind.
+    """
+    if isinstance(value, kind):
         return value
-    made = components.bind(components.chosen("device", value), "device")()
-    if not isinstance(made, Device):
-        raise InputError(f"device: {value} gives a {type(made).__name__}, it must be an autoprune Device")
+    made = components.bind(components.chosen(group, value), group)()  # type: ignore[arg-type]
+    if not isinstance(made, kind):
+        raise InputError(f"{group}: {value} gives a {type(made).__name__}, it must be an autoprune {kind.__name__}")
     return made
 
 
@@ -223,9 +263,9 @@ def _check_settings(build: Callable[..., Strategy], traced: TracedModel, seed: i
 
 def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:
     """The loop, with the study as its record and its memory."""
-    history = study.trials()
-    undecided = (i for i, t in enumerate(history) if t.candidate.measure and t.feasible is None)
-    history = history[: next(undecided, len(history))]  # what was disturbed or failed is measured again
+    history = _settled(study.trials())
+    keeps = getattr(planner, "parents", False)
+    evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
     if history:
         progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
     return loop.search(
@@ -238,23 +278,33 @@ def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: P
     )
 
 
+def _settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """The history without an end that was disturbed or failed, which is measured again; what was so on the way there
+    stays, as everything after it rests on it."""
+    last = next((t for t in reversed(history) if t.candidate.measure), None)
+    return history if last is None or last.feasible is not None else history[: last.number]
+
+
 def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
-    """The answer's network after the final fine-tune."""
-    model = evaluator.cut(answer.candidate.ratios)
-    recalibrate(model, evaluator.recalibration)
+    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
+    if answer.candidate.parent is None:
+        model = evaluator.cut(answer.candidate.ratios)
+        recalibrate(model, evaluator.recalibration)
+    else:
+        model = evaluator.recovered(answer.candidate)
     last_steps.train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
     return model
 
 
-def _best(trials: Sequence[Trial], budgets: Sequence[Budget]) -> Trial:
-    """The measured trial of highest score within the budgets; without any, one whose measurement was disturbed, or the
-    one that exceeds them least."""
+def _best(trials: Sequence[Trial], steered: Sequence[Budget], budgets: Sequence[Budget]) -> Trial:
+    """The measured trial of highest score within what was aimed at; without any, within the budgets; without any, one
+    whose measurement was disturbed, or the one that exceeds them least."""
     answers = [t for t in trials if t.candidate.measure and t.error is None]
     if not answers:
         failed = next((t.error for t in reversed(trials) if t.error), "no candidate was measured")
         raise RuntimeError(f"the search ended without an answer: {failed}")
-    for verdict in (True, None):
-        if within := [t for t in answers if t.feasible is verdict]:
+    for limits, verdict in ((steered, True), (budgets, True), (budgets, None)):
+        if within := [t for t in answers if all_met(limits, t.costs) is verdict]:
             return max(within, key=lambda t: t.score)
     return min(answers, key=lambda t: max(t.costs[b.cost].high / b.limit for b in budgets))
 
@@ -271,7 +321,10 @@ def _fingerprint(evaluator: Evaluator, prices: Costs) -> dict[str, Any]:
     """Everything that the trials of a search depend on, the cost models included."""
     traced = prices.traced
     groups = [(g.name, g.size, g.levels) for g in traced.space.groups]
-    terms = [(traced.macs, traced.params, traced.activations), sorted(costs.digestible(prices).items())]
+    terms: list[object] = [(traced.macs, traced.params, traced.weights, traced.activations)]
+    if "energy_mj" in prices.models:
+        terms.append(traced.traffic)
+    terms.append(sorted(costs.digestible(prices).items()))
     return evaluator.identity | {"space": _digest(groups), "costs": _digest(terms)}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from autoprune import components
-from autoprune.core import Budget, Measurement, Progress, Trial
+from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
 from autoprune.criteria import Scores as Importance
 from autoprune.evaluate import Evaluator
@@ -47,7 +47,7 @@ def concluded(
     task, ratios, scored = evaluator.task, answer.candidate.ratios, evaluator.scored(model)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = test(task, [evaluator.dense_model, model])
-    if prices.table is not None and not known:
+    if prices.device and not known:
         progress.stage(f"measuring the answer on {device.name}", None)
     measured = known or _measured(evaluator, model, answer)
     sign = -1.0 if task.metric.higher_is_better is False else 1.0
@@ -58,7 +58,7 @@ def concluded(
         task=task.name,
         strategy=named["strategy"],
         seed=evaluator.seed,
-        device=prices.table.dense.device if prices.table else f"{place}, {torch.get_num_threads()} threads",
+        device=prices.device or f"{place}, {torch.get_num_threads()} threads",
         table=RatioTable(
             groups=_table_groups(prices.traced, importance, ratios),
             architecture=prices.traced.fingerprint,
@@ -99,7 +99,7 @@ def _measured(evaluator: Evaluator, model: nn.Module, answer: Trial) -> Mapping[
     prediction, which decides nothing."""
     try:
         return evaluator.measured(model)
-    except MeasuringError as error:
+    except (MeasuringError, DeviceLostError, InputError) as error:
         LOG.warning("the final network could not be measured: %s", error)
         if not answer.costs:
             raise
@@ -114,7 +114,7 @@ def _layers(device: Device, evaluator: Evaluator, model: nn.Module) -> tuple[Lay
     """What each layer takes in the dense and in the final network; nothing where that cannot be measured."""
     try:
         before, after = layer_times(device, [evaluator.dense_model, model], evaluator.task.inputs)
-    except MeasuringError as error:
+    except (MeasuringError, DeviceLostError, InputError) as error:
         LOG.warning("the layers could not be timed: %s", error)
         return ()
     return tuple(LayerTime(name, ms, after.get(name, 0.0)) for name, ms in before.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import safetensors.torch
 import torch
 
 from autoprune import cli
+from autoprune.core import DeviceLostError
 
 QUICK = (
     "budget=flops_50pct task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 "
@@ -47,16 +49,19 @@ def needs(depth): return depth
     [
         ("fly", "unknown command 'fly'"),
         ("serch", "did you mean search?"),
-        ("search strategy=magic", "Available options in 'strategy': sensitivity uniform"),
+        ("search strategy=magic", "Available options in 'strategy': netadapt sensitivity uniform"),
         ("search task=imagenet", "Available options in 'task'"),
         ("search criterion=l3", "Available options in 'criterion'"),
         ("search budget=latency_20", "budget 'latency_20': the unit is missing"),
         ("search budget=latency_-5ms", "must be above 0, got -5"),
         ("search budget=flops_150pct", "at most 100, got 150"),
         ("search budget=speed_20ms", "unknown cost 'speed'"),
-        ("search budget=energy_50pct", "energy_mj cannot be measured yet"),
+        ("search budget=energy_50kWh", "unknown unit 'kWh', for energy it must be one of pct, uJ, mJ, J"),
+        ("search energy.word_pj=-1", "energy: word_pj must be a finite number of at least 0, got -1"),
+        ("search energy.word_pj=much", "energy.word_pj must be a number, got 'much'"),
+        ("search energy=none", "energy"),
         ("search budget=[latency_20ms,latency_50pct]", "both in ms and relative to dense"),
-        ("search device=quantum", "Available options in 'device': torch_cpu torch_cuda"),
+        ("search device=quantum", "Available options in 'device': onnxruntime openvino"),
         ("search device.thread=2", "did you mean 'device.threads'?"),
         ("search device.threads=0", "device=torch_cpu: threads >= 1 must hold, got threads=0"),
         ("search device.threads=two", "device.threads must be a whole number, got 'two'"),
@@ -120,6 +125,15 @@ def needs(depth): return depth
         ("finetune ratios=5", "ratios must be text"),
         ("finetune ratios=nowhere.yaml", "ratio table nowhere.yaml: No such file"),
         ("finetune ratios=mine.py", "is not"),
+        ("measure", "measure takes one argument"),
+        ("measure nowhere", "nowhere is not the folder of a search"),
+        ("search device=ssh", "device.host is not given: add device.host=VALUE"),
+        (
+            "search device=onnxruntime device.place=TPU budget=latency_50pct task._target_=tiny.make_task",
+            "is not there",
+        ),
+        ("search device.runtime=tflite", "runtime must be one of torch, onnxruntime, openvino, got 'tflite'"),
+        ("search device.statistic=mean", "statistic must be one of p50, p90, p99, got 'mean'"),
         ("report", "report takes one argument"),
         ("report nowhere", "nowhere holds no finished search"),
     ],
@@ -172,9 +186,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
-    assert {"search": "epochs: 4", "profile": "held_out: 30", "finetune": "epochs: 4", "report": "RUN_DIR"}[
-        command
-    ] in out
+    assert {"search": "epochs: 4", "profile": "held_out: 30", "finetune": "epochs: 4"}.get(command, "RUN_DIR") in out
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +248,27 @@ def test_a_profile_is_kept_and_found_by_the_search(capsys: pytest.CaptureFixture
     assert values["device"].startswith("torch_cpu: ")
     assert values["budgets"][0]["met"] is True
 
+    status, out, err = run(capsys, "measure", str(folder))
+    assert status == 0, err
+    now = float(out.partition("now: ")[2].partition(" ")[0])
+    assert 0.5 < now / values["budgets"][0]["value"] < 2
+    assert "apart: " in out
+    assert "budget latency_10s: met" in out
+
+
+def test_a_lost_device_is_exit_1_and_says_how_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object, **__: object) -> None:
+        raise DeviceLostError("device=board was lost: Connection refused")
+
+    monkeypatch.setattr("autoprune.evaluate.Evaluator.measured", lost)
+    status, _, err = run(capsys, "search", *UNIFORM)
+    assert status == 1
+    told, line = err.splitlines()[-2:]
+    assert told == "autoprune: device=board was lost: Connection refused; what was scored is kept. To go on:"
+    assert line.endswith(shlex.join(["-m", "autoprune", "search", *UNIFORM]))
+
 
 def test_a_named_study_of_another_search_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "search", *UNIFORM, "study.name=mine")[0] == 0
@@ -267,7 +300,7 @@ def test_a_user_task_takes_its_own_arguments_without_a_plus(capsys: pytest.Captu
 
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
-    import optuna
+    import sqlite3
 
     line = [sys.executable, "-m", "autoprune", "search", "budget=flops_50pct", "task.data=shipped"]
     line += [
@@ -280,15 +313,14 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
 
     def count() -> int:
+        """Looks, and no more: Optuna's own reader would make the tables, in a race with the search."""
         try:
-            (summary,) = optuna.get_all_study_summaries("sqlite:///outputs/studies.db")
-        except (ValueError, KeyError, optuna.exceptions.StorageInternalError):
+            with contextlib.closing(sqlite3.connect("file:outputs/studies.db?mode=ro", uri=True)) as database:
+                return int(database.execute("SELECT count(*) FROM trials").fetchone()[0])
+        except sqlite3.OperationalError:
             return 0
-        return int(summary.n_trials)
 
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not Path("outputs/studies.db").exists():
-        time.sleep(0.2)
     while time.monotonic() < deadline and count() < 8:
         time.sleep(0.2)
     process.send_signal(2)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from autoprune.costs import Costs
 from autoprune.meters.device import Device, MeasuringError
 from autoprune.meters.profile import Profile
 from autoprune.result import Result
-from autoprune.run import _best
+from autoprune.run import _best, _settled
 from autoprune.verdict import _measured
 
 DEVICE = Device(processes=2, most_processes=2, samples=10, seconds=0.3, repeats=1, limit_s=20)
@@ -50,6 +52,15 @@ def measured_search(folder: Path, budget: Any = "latency_80pct", **settings: Any
     return searched(task(), budget=budget, **(defaults | settings))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def unheeding() -> Iterator[None]:
+    """Others on this machine count for nothing: a cost table made under load would not be kept, and most of these tests
+    are of what follows from one that is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autoprune.meters.latency.DISTURBED", math.inf)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tests of this file keep one cost table."""
@@ -70,7 +81,7 @@ def test_a_measured_budget_from_profile_to_verdict(whole: Result, folder: Path, 
     assert result.met == (latency.high <= result.budgets[0].limit), "the verdict follows from the interval"
     assert "of dense, interleaved" in " ".join(latency.notes)
     answers = [t for t in result.trials if t.candidate.measure]
-    assert 1 <= len(answers) <= 4
+    assert 1 <= len(answers) <= 1 + 4, "four attempts, and before them the smallest network where none seems to do"
     assert all(t.predicted["latency_ms"] > 0 and t.costs["latency_ms"].kind == "measured" for t in answers)
     assert len(result.held_out) == 5
     assert {layer.name for layer in result.layers} >= {"0.0", "3.0"}
@@ -155,9 +166,9 @@ def test_latency_is_absolute_or_relative() -> None:
         searched(budget=["latency_50pct", "latency_3ms"])
 
 
-def test_energy_is_not_promised_yet() -> None:
-    with pytest.raises(InputError, match="energy_mj cannot be measured yet; budgets may limit macs"):
-        searched(budget="energy_50pct")
+def test_energy_is_absolute_or_relative() -> None:
+    with pytest.raises(InputError, match="energy is limited both in mJ and relative to dense"):
+        searched(budget=["energy_50pct", "energy_3mJ"])
 
 
 @pytest.mark.slow
@@ -209,9 +220,37 @@ def test_a_disturbed_answer_comes_after_those_that_are_met() -> None:
     budgets = (Budget("latency_ms", 10.0, "ms"),)
     over, disturbed, met = answer(0, 11.0, 0.9), answer(1, 10.5, 0.8, decided=False), answer(2, 9.0, 0.5)
     assert disturbed.feasible is None
-    assert _best([over, disturbed, met], budgets) is met
-    assert _best([over, disturbed], budgets) is disturbed
-    assert _best([over], budgets) is over
+    assert _best([over, disturbed, met], budgets, budgets) is met
+    assert _best([over, disturbed], budgets, budgets) is disturbed
+    assert _best([over], budgets, budgets) is over
+
+
+def test_an_answer_as_low_as_was_aimed_at_comes_first() -> None:
+    """The final network is measured again: one that is barely inside now may read more then."""
+    aimed, asked = (Budget("latency_ms", limit, "ms") for limit in (9.5, 10.0))
+    barely, well = answer(0, 9.9, 0.9), answer(1, 9.4, 0.8)
+    assert _best([barely, well], [aimed], [asked]) is well
+    assert _best([barely], [aimed], [asked]) is barely
+
+
+def test_a_disturbed_answer_that_is_surely_above_the_limit_is_not_met() -> None:
+    """11.1 to 12 of 10 ms: disturbed or not, a smaller excess is closer."""
+    budgets = (Budget("latency_ms", 10.0, "ms"),)
+    far, near = answer(0, 12.0, 0.9, decided=False), answer(1, 10.5, 0.5)
+    assert far.feasible is False
+    assert _best([far, near], budgets, budgets) is near
+
+
+def test_only_a_disturbed_end_is_measured_again() -> None:
+    on_the_way, then, end = (
+        answer(0, 10.5, 0.9, decided=False),
+        answer(1, 11.0, 0.8),
+        answer(2, 10.5, 0.7, decided=False),
+    )
+    assert on_the_way.feasible is None
+    assert _settled((on_the_way, then, end)) == (on_the_way, then)
+    assert _settled((on_the_way, then)) == (on_the_way, then)
+    assert _settled((on_the_way,)) == ()
 
 
 def test_a_device_that_fails_at_the_end_loses_no_work() -> None:
@@ -259,4 +298,4 @@ def whole_costs() -> Costs:
     plain = make_task()
     limits = (Budget("macs", 100.0, "MACs"), Budget("latency_ms", 20.0, "ms"))
     traced = trace(plain.model, plain.inputs)
-    return Costs(traced=traced, dense={}, meters={}, models={}, limits=limits, margin=0.1)
+    return Costs(traced=traced, dense={}, meters={}, models={}, limits=limits, margins={"latency_ms": 0.1})

@@ -209,7 +209,7 @@ def test_a_metric_where_lower_is_better(tmp_path: Path) -> None:
 
 def test_the_answer_is_the_best_feasible_trial() -> None:
     result = searched()
-    best = _best(result.trials, result.budgets)
+    best = _best(result.trials, result.budgets, result.budgets)
     assert best.feasible
     assert best.candidate.ratios == result.ratios
 

@@ -15,7 +15,7 @@ NAME = "cifar10_resnet20"
 RECORD = 3073  # one label byte, then 3 x 32 x 32 bytes
 
 
-def make_task(*, data: str, checkpoint: str | None = None, batch: int = 70, batch_size: int = 128) -> Task:
+def make_task(*, data: str, checkpoint: str | None = None, batch: int = 50, batch_size: int = 128) -> Task:
     """data: an npz with x_train y_train x_test y_test (uint8 [N, 32, 32, 3]) or the official binary folder
     (cifar-10-batches-bin: data_batch_1.bin ... data_batch_5.bin, test_batch.bin). Other arguments as the default task.
 
