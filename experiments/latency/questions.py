@@ -59,7 +59,7 @@ def uniform() -> None:
                     recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
                 ms = result.measured["latency_ms"]
                 values: dict[str, Any] = {"seed": seed, "strategy": strategy, "met": result.met}
-                values |= {"ms": round(ms.value, 2)}
+                values |= {"ms": round(ms.value, 2), "answers": sum(t.candidate.measure for t in result.trials)}
                 values |= {"low": round(ms.low, 2), "high": round(ms.high, 2), "seconds": round(time.time() - began)}
                 before, after = correct(plain, task), correct(result.model, task)
                 values |= {"recalibrated": float(before.mean()), "fine_tuned": float(after.mean())}
@@ -107,7 +107,11 @@ def half(data: str = "") -> None:
             "met": result.met,
             "dense_ms": round(result.dense["latency_ms"].value, 2),
         }
-        values |= {"of_dense": ms.notes[1], "test_dense": scores.test_dense, "test": scores.test_recovered}
+        values |= {
+            "of_dense": next(n for n in ms.notes if "of dense" in n),
+            "test_dense": scores.test_dense,
+            "test": scores.test_recovered,
+        }
         append(HERE / "half.csv", values)
 
 
