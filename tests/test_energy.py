@@ -96,7 +96,9 @@ def test_without_zeus_there_is_no_counter() -> None:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python started from here gives zeus a processor of 5 W idle and 10 W more while this process works."""
+    """Every Python started from here gives zeus a processor of 5 W idle and 10 W more while this process works. Unlike
+    a real one it moves all the time: short windows do."""
+    monkeypatch.setattr("autoprune.meters.energy.WINDOW_S", 0.3)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]))
 
 
@@ -107,8 +109,7 @@ def small_and_large() -> tuple[nn.Module, nn.Module, tuple[torch.Tensor, ...]]:
 
 @with_zeus
 @pytest.mark.usefixtures("counter")
-def test_a_counter_is_read_and_idle_power_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoprune.meters.energy.WINDOW_S", 0.3)  # the fake counter moves all the time
+def test_a_counter_is_read_and_idle_power_is_in_it() -> None:
     assert counter_of(DEVICE).name == "2 CPU packages, with DRAM"
     small, large, inputs = small_and_large()
     dense = MeasuredEnergy(DEVICE).measure(large, inputs)
