@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,6 +152,7 @@ class Candidate:
     """What a strategy asks to be tried: one ratio per group, how to heal it, whether to measure.
 
     recovery: "none" cuts and scores; "probe" recalibrates batch normalisation; "short" fine-tunes briefly as well.
+    glance: a measurement is to steer by and will decide nothing, so that few processes are enough.
     parent: number of an earlier trial whose recovered network this one is cut from; None for the dense network.
     about: what the strategy says of it for people (a round, a target); it changes nothing about the evaluation.
     """
@@ -159,6 +160,7 @@ class Candidate:
     ratios: tuple[float, ...]
     recovery: Recovery = "probe"
     measure: bool = False
+    glance: bool = False
     parent: int | None = None
     about: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
@@ -369,6 +371,13 @@ class Meter(Protocol):
     unit: str
 
     def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement: ...
+
+
+@runtime_checkable
+class Glancing(Protocol):
+    """A meter that can also take a quick reading, to steer by: its interval says how little that decides."""
+
+    def glance(self) -> Meter: ...
 
 
 class Strategy(Protocol):

@@ -37,6 +37,7 @@ from autoprune.core import (
     Candidate,
     CostModel,
     DeviceLostError,
+    Glancing,
     InputError,
     Measurement,
     Meter,
@@ -245,7 +246,7 @@ class Evaluator:
             self.hits += 1
         expected = {name: m.predict(ratios) for name, m in self.costs.items()}
         if candidate.measure:
-            costs = self.measured(model or self.cut(ratios))
+            costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
         else:
             costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
         low, high = _interval(scored.scores)
@@ -274,10 +275,11 @@ class Evaluator:
             cached=cached,
         )
 
-    def measured(self, model: nn.Module) -> dict[str, Measurement]:
-        """Every cost of a network, counted or measured."""
+    def measured(self, model: nn.Module, *, glance: bool = False) -> dict[str, Measurement]:
+        """Every cost of a network, counted or measured; at a glance where the meter knows how."""
         inputs = to_device(self.task.inputs, self.scoring.device)
-        return {name: meter.measure(model, inputs) for name, meter in self.meters.items()}
+        brief = {name: meter.glance() for name, meter in self.meters.items() if glance and isinstance(meter, Glancing)}
+        return {name: meter.measure(model, inputs) for name, meter in {**self.meters, **brief}.items()}
 
     def _cache_path(self, candidate: Candidate) -> Path | None:
         """Where this candidate's scores are kept: a name made of everything that they depend on."""

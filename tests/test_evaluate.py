@@ -12,10 +12,11 @@ from tiny import make_task
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune.core import Candidate, Trial
+from autoprune.core import Candidate, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
 from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
+from autoprune.meters.counts import Macs
 from autoprune.recover import FineTune
 from autoprune.space import trace
 
@@ -52,6 +53,27 @@ def test_every_step_of_recovery_helps() -> None:
     none, probe, short = (scored(half(r)) for r in ("none", "probe", "short"))
     assert none.loss > probe.loss > short.loss
     assert none.score < short.score
+
+
+class Twofold(Macs):
+    """Counts once, and at a glance says twice as much."""
+
+    def glance(self) -> Meter:
+        class Double(Macs):
+            def measure(self, model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Measurement:
+                found = super().measure(model, inputs)
+                return dataclasses.replace(found, value=2 * found.value)
+
+        return Double()
+
+
+def test_a_glance_is_taken_by_the_meters_that_know_how() -> None:
+    ours = evaluator()
+    ours.meters = {"macs": Twofold(), "params": COUNTING["params"]}
+    dense = Candidate(ratios=ours.traced.space.dense(), recovery="none", measure=True)
+    whole, brief = (t.costs for t in ours([(0, dense), (1, dataclasses.replace(dense, glance=True))]))
+    assert brief["macs"].value == 2 * whole["macs"].value
+    assert brief["params"] == whole["params"]
 
 
 def test_the_dense_candidate_changes_nothing() -> None:

@@ -249,6 +249,13 @@ def test_ten_passes_lie_above_a_quantile(statistic: str, above: float) -> None:
     assert device.plan(0)["samples"] >= device.samples
 
 
+def test_a_glance_takes_two_processes() -> None:
+    inputs, model = (torch.randn(4, 16, 32, 32),), nn.Conv2d(16, 16, 3)
+    meter = Latency(dataclasses.replace(QUICK, processes=5, most_processes=10))
+    brief = meter.glance().measure(model, inputs)
+    assert any("2 fresh processes" in note for note in brief.notes)
+
+
 def test_a_statistic_that_is_not_known() -> None:
     with pytest.raises(InputError, match=r"statistic must be one of p50, p90, p99, got 'mean'"):
         Device(statistic="mean")

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -276,13 +276,13 @@ def test_no_group_reaches_alone_so_the_nearest_goes_deepest() -> None:
     assert first == min(deepest, key=world.costs["macs"].predict)
 
 
-def measured_as(world: World, high: float, *, decided: bool = True) -> Any:
+def measured_as(world: World, high: float, *, decided: bool = True, only: Literal["glances", "all"] = "all") -> Any:
     """Measured values with an interval that reaches `high` times the value."""
 
     def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         for trial in world.evaluate(batch):
             cost = trial.costs["macs"]
-            if trial.candidate.measure:
+            if trial.candidate.measure and (only == "all" or trial.candidate.glance):
                 cost = dataclasses.replace(
                     cost, low=cost.value / high, high=cost.value * high, kind="measured", decided=decided
                 )
@@ -304,6 +304,24 @@ def test_steps_go_by_the_value_and_the_end_by_the_upper_end() -> None:
     found = answer(trials)
     assert found.costs["macs"].high <= limit
     assert found.costs["macs"].value >= 0.85 * limit
+
+
+def test_far_from_the_limit_a_glance_will_do() -> None:
+    """Winners are measured in earnest from where a limit is near, and never anything else; a glance moves the next
+    target and calibrates nothing."""
+    world = World(1, levels=15, bias=0.0, limit=0.6)
+    strategy, trials = played(world)
+    winners = [trials[made.winner] for made in strategy.trace]
+    glanced = [winner.candidate.glance for winner in winners]
+    assert glanced == sorted(glanced, reverse=True), "at first glances, then none"
+    assert sum(glanced) >= 4
+    assert not any(glanced[-2:]), "the last step goes by a measured interval, and ends by one"
+    assert not any(t.candidate.glance for t in trials if not t.candidate.measure)
+    limit = world.budgets[0].limit
+    assert all(t.costs["macs"].value > limit for t in winners if t.candidate.glance)
+
+    wide, _ = played(world, measured_as(world, 1.5, only="glances"))
+    assert [made.measured for made in wide.trace] == [made.measured for made in strategy.trace]
 
 
 def test_undecided_measurements_end_the_search_only_at_the_limit() -> None:

@@ -235,8 +235,10 @@ def test_a_hanging_remote_process_ends_itself(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_survives_a_cut_in_its_middle(server: Server, tmp_path: Path) -> None:
-    """The connection is cut while trials are measured: the search goes on, no trial is lost or counted twice."""
+@pytest.mark.parametrize("harm", ["connection", "worker"])
+def test_a_search_survives_a_loss_within_a_round(server: Server, tmp_path: Path, harm: str) -> None:
+    """The connection is cut, or the worker killed, while a round's winner is measured: the search goes on, no trial is
+    lost or counted twice, the log has one line about it."""
     import autoprune
     from autoprune.evaluate import Scoring
     from autoprune.meters.profile import Profile
@@ -251,19 +253,21 @@ def test_a_search_survives_a_cut_in_its_middle(server: Server, tmp_path: Path) -
     plain = make_task()
     task = replace(plain, inputs=(plain.search[0][0].repeat(4, 1, 1, 1),))  # type: ignore[index]
     ask = Worker.ask
-    cuts: list[int] = []
+    harmed: list[int] = []
 
-    def cutting(self: Worker, message: Any, **limit: Any) -> Any:
-        if message.get("plan", {}).get("settle") and len(message["models"]) == 2 and not cuts:
-            cuts.append(1)
-            during(server.restart, 0.2)
+    def harming(self: Worker, message: Any, **limit: Any) -> Any:
+        if message.get("plan", {}).get("settle") and len(message["models"]) == 2 and not harmed:
+            harmed.append(self.pid or 0)
+            kill = ["kill", "-9", str(self.pid)]
+            during(server.restart if harm == "connection" else lambda: subprocess.run(kill, check=False), 0.2)
         return ask(self, message, **limit)
 
-    Worker.ask = cutting  # type: ignore[method-assign]
+    Worker.ask = harming  # type: ignore[method-assign]
     try:
         result = autoprune.search(
             task,
             budget="latency_80pct",
+            strategy="netadapt",
             device=server.device(limit_s=60.0),
             profile=Profile(networks=12, held_out=4),
             tables=tmp_path,
@@ -273,8 +277,11 @@ def test_a_search_survives_a_cut_in_its_middle(server: Server, tmp_path: Path) -
     finally:
         Worker.ask = ask  # type: ignore[method-assign]
         log.removeHandler(handler)
-    assert cuts
+    assert harmed
+    winners = [t.number for t in result.trials if t.candidate.measure]
+    assert [made["winner"] for made in result.rounds] == winners, "each round's winner was measured once"
     assert [t.number for t in result.trials] == list(range(len(result.trials)))
     assert not any(t.error for t in result.trials)
     assert result.measured["latency_ms"].kind == "measured"
-    assert sum("another one is started" in line for line in lines) == 1
+    assert len(lines) == 1
+    assert "another one is started" in lines[0]

@@ -7,6 +7,7 @@ are plain values (wire.py). Local and remote readings have one code path.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -26,6 +27,7 @@ from autoprune.core import DeviceLostError, InputError
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
+GLANCE = 2
 GRACE_S = 2.0  # a process ends itself at its limit, wherever it is; this one's own clock comes after
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RUNTIMES = ("torch", "onnxruntime", "openvino")
@@ -113,6 +115,15 @@ class Device:
     def quantile(self) -> float:
         """What the statistic is, in (0, 1)."""
         return QUANTILES[self.statistic]
+
+    @property
+    def where(self) -> tuple[str, ...]:
+        """What has to be there for it to answer, whatever it is asked."""
+        return (self.host, self.ssh, self.python, self.runtime, self.place)
+
+    def glance(self) -> Device:
+        """The same with as few processes behind a value as give it an interval."""
+        return dataclasses.replace(self, processes=GLANCE, most_processes=GLANCE)
 
     @property
     def on_cpu(self) -> bool:
@@ -230,7 +241,7 @@ class Worker:
         self.close()
 
 
-_answered: set[Device] = set()  # by this process's questions: such a device is lost when it is not there
+_answered: set[tuple[str, ...]] = set()  # by this process's questions: such a device is lost when it is not there
 
 
 def started(device: Device) -> Worker:
@@ -245,12 +256,12 @@ def started(device: Device) -> Worker:
         try:
             worker = Worker(device)
         except (WorkerLostError, InputError) as error:
-            if device not in _answered:
+            if device.where not in _answered:
                 there = f"device={device.name} is not there: "
                 raise InputError(there + str(error).removeprefix(there)) from error
             problem = error
         else:
-            _answered.add(device)
+            _answered.add(device.where)
             return worker
         if attempt < device.reconnects:
             LOG.warning("device=%s: %s; it is tried again in %d s", device.name, problem, 2**attempt)

@@ -74,6 +74,10 @@ class Latency:
         """The same meter with this network timed beside every other."""
         return Latency(self.device, seed=self.seed, reference=reference, readings=self.readings)
 
+    def glance(self) -> Latency:
+        """The same meter with the fewest processes."""
+        return Latency(self.device.glance(), seed=self.seed, reference=self.reference, readings=self.readings)
+
     def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
         """Raises MeasuringError when the network cannot be run or its worker is lost twice."""
         models = [model] if self.reference is None else [model, self.reference.model]

@@ -13,6 +13,7 @@ Deviations from the paper:
 - start="allocation": rounds begin at the exact allocation of a sensitivity sweep, a part of the way to the budget.
 - Units are ranked by the search's criterion on the dense network, not by the L2 norm of the current weights.
 - The winner alone is measured, and calibrates the cost models; the paper measures nothing but its layers beforehand.
+  Far from the limits a glance will do, whose value the next round's target goes by and which calibrates nothing.
   Between the schedule's targets a model is relative to the last winner's measured value; at the limit itself it
   predicts the upper end of the measured interval, as that has to lie within the budget.
 - Several budgets at once: a proposal meets the targets of all of them.
@@ -51,6 +52,7 @@ from autoprune.core import (
 if TYPE_CHECKING:
     from autoprune.core import Floats
 
+CLOSE = 0.05  # a winner predicted nearer to where it would matter is measured in earnest
 SWEPT = 4  # levels of each group that start="allocation" scores
 Step = tuple[int, int]  # a group and the level it is cut to
 Conversation = Generator[list[Candidate], Sequence[Trial], "Trial | None"]
@@ -154,7 +156,7 @@ class NetAdapt(Scripted):
                 if not self._met((yield from self._smallest())):
                     return None
             number += 1
-            targets = self._targets(number)
+            targets = self._targets(number, self._current)
             at_limit += all(target == b.limit for target, b in zip(targets, self.budgets, strict=True))
             trial = yield from self._round(number, targets)
             if trial is None:  # nothing can be removed any more
@@ -163,11 +165,16 @@ class NetAdapt(Scripted):
                 return None
         return None
 
-    def _targets(self, number: int) -> tuple[float, ...]:
+    def _targets(self, number: int, current: Sequence[float]) -> tuple[float, ...]:
         """Line 3, "Con = Res_i - dR_i", for every budget [B], and never below its limit."""
         reduction = self.initial * self.decay ** (number - 1)
-        each = zip(self.budgets, self._current, self._dense, strict=True)
-        return tuple(max(b.limit, current - reduction * dense) for b, current, dense in each)
+        each = zip(self.budgets, current, self._dense, strict=True)
+        return tuple(max(b.limit, cost - reduction * dense) for b, cost, dense in each)
+
+    def _on_the_way(self, number: int, predicted: Sequence[float]) -> bool:
+        """Whether the round after this one would not come to a limit yet: its winner need not be told apart from it."""
+        after = self._targets(number + 1, [(1 - CLOSE) * cost for cost in predicted])
+        return all(target > b.limit for target, b in zip(after, self.budgets, strict=True))
 
     def _round(self, number: int, targets: tuple[float, ...]) -> Conversation:
         """Lines 4-11: the measured winner; None where no group can be cut further or all that could be failed."""
@@ -179,7 +186,9 @@ class NetAdapt(Scripted):
             proposals += [t.number for t in (*before.values(), *after.values())]
             for step in self._ranked(after):
                 score = before[step].score if step in before else None
-                trial, probed = yield from self._measured(replace(after[step].candidate, measure=True), score)
+                glance = self._on_the_way(number, self._predicted(self._moved(step), targets))
+                winner = replace(after[step].candidate, measure=True, glance=glance)
+                trial, probed = yield from self._measured(winner, score)
                 if trial.error is None:
                     self._won(trial, self._moved(step), number, targets, proposals, probed)
                     return trial
@@ -248,7 +257,8 @@ class NetAdapt(Scripted):
         self._levels, self._parent, self._score = levels, trial.number, trial.score
         measured = [trial.costs[b.cost] for b in self.budgets]
         self._current = tuple(m.value if m.decided else p for m, p in zip(measured, predicted, strict=True))
-        self._calibrate(trial)
+        if not trial.candidate.glance:
+            self._calibrate(trial)
         made = Round(
             number=number,
             targets=targets,
@@ -367,7 +377,11 @@ class NetAdapt(Scripted):
         self, candidate: Candidate, before: float | None
     ) -> Generator[list[Candidate], Sequence[Trial], tuple[Trial, float | None]]:
         """The candidate measured, and its score before the fine-tune: asked for now where it is not known."""
-        probe = [replace(candidate, recovery="probe")] if before is None and candidate.recovery == "short" else []
+        probe = (
+            [replace(candidate, recovery="probe", glance=False)]
+            if before is None and candidate.recovery == "short"
+            else []
+        )
         trial, *probed = yield [replace(candidate, measure=True), *(replace(c, measure=False) for c in probe)]
         return trial, probed[0].score if probed and probed[0].error is None else before
 

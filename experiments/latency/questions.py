@@ -1,20 +1,19 @@
 """Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
-    uniform             sensitivity against uniform at latency_20ms, 3 seeds: test accuracy recalibrated and fine-tuned
+    strategies          sensitivity and netadapt against uniform at latency_20ms, 3 seeds: test accuracy, recalibrated
+                        and fine-tuned
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
     half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
     same                the same network against itself, 40 times: how often is one called faster?
-    again RUN_DIR       a run's written network measured again, in new processes
     allocator           the dense network with glibc's allocator as it comes, and keeping its memory
     loaded              latency_20ms while two processes load both cores for half of the time
 
-Rows go to <question>.csv beside this file; `uniform` makes no row again that is there.
+Rows go to <question>.csv beside this file; `strategies` makes no row again that is there.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import subprocess
 import sys
 import tempfile
@@ -37,50 +36,66 @@ from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
 HERE = Path(__file__).parent
 TABLES = Path(tempfile.gettempdir()) / "autoprune_tables"
+CACHE = Path(tempfile.gettempdir()) / "autoprune_cache"
+EPOCHS = 4  # of the final fine-tune
 BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
 
 
-def uniform() -> None:
+def strategies(count: str = "3") -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     dense = correct(task.model, task)
-    path, rows = HERE / "uniform.csv", []
-    for seed in range(3):
-        right = {}
-        for strategy in ("uniform", "sensitivity"):
-            file = HERE / f"uniform_{seed}_{strategy}.npz"
+    print("| seed | strategy | ms | recalibrated | against uniform | fine-tuned | against uniform | against dense |")
+    for seed in range(int(count)):
+        base = None
+        for strategy in ("uniform", "sensitivity", "netadapt"):
+            file = HERE / f"strategies_{seed}_{strategy}.npz"
             if not file.exists():
-                final = FineTune(epochs=3)
-                began = time.time()
-                result = autoprune.search(
-                    task, budget="latency_20ms", strategy=strategy, seed=seed, final=final, tables=TABLES
-                )
-                plain = result.table.prune(task.model, task.inputs)
-                with seeded(seed):
-                    recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
-                ms = result.measured["latency_ms"]
-                values: dict[str, Any] = {"seed": seed, "strategy": strategy, "met": result.met}
-                values |= {"ms": round(ms.value, 2), "answers": sum(t.candidate.measure for t in result.trials)}
-                values |= {"low": round(ms.low, 2), "high": round(ms.high, 2), "seconds": round(time.time() - began)}
-                before, after = correct(plain, task), correct(result.model, task)
-                values |= {"recalibrated": float(before.mean()), "fine_tuned": float(after.mean())}
-                np.savez_compressed(file, before=before, after=after)
-                append(path, values)
-            right[strategy] = np.load(file)
-        cells = [str(seed), f"{100 * dense.mean():.2f}"]
-        for when in ("before", "after"):
-            ours, theirs = (100 * right[s][when].astype(float) for s in ("sensitivity", "uniform"))
-            half = 1.96 * (ours - theirs).std() / np.sqrt(len(ours))
-            cells += [f"{theirs.mean():.2f}", f"{ours.mean():.2f}", f"{(ours - theirs).mean():+.2f} ± {half:.2f}"]
-        rows.append(cells)
-    print("| seed | dense | recalibrated: uniform | ours | difference | fine-tuned: uniform | ours | difference |")
-    for cells in rows:
-        print("| " + " | ".join(cells) + " |")
+                np.savez_compressed(file, **_searched(task, strategy, seed))
+            found = np.load(file)
+            before, after, base = found["before"], found["after"], base or found
+            cells = [str(seed), strategy, f"{found['low']:.2f} to {found['high']:.2f}", f"{100 * before.mean():.2f}"]
+            cells += [apart(before, base["before"]), f"{100 * after.mean():.2f}", apart(after, base["after"])]
+            print("| " + " | ".join([*cells, apart(after, dense)]) + " |", flush=True)
+
+
+def _searched(task: Task, strategy: str, seed: int) -> dict[str, Any]:
+    """Which test images the answer gets right, recalibrated only and fine-tuned, and what it takes."""
+    began = time.time()
+    result = autoprune.search(
+        task,
+        budget="latency_20ms",
+        strategy=strategy,
+        seed=seed,
+        final=FineTune(epochs=EPOCHS),
+        tables=TABLES,
+        cache=CACHE,
+    )
+    seconds = round(time.time() - began)
+    plain = result.table.prune(task.model, task.inputs)
+    with seeded(seed):
+        recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
+    ms = result.measured["latency_ms"]
+    values: dict[str, Any] = {"seed": seed, "strategy": strategy, "met": result.met}
+    values |= {"ms": round(ms.value, 2), "low": round(ms.low, 2), "high": round(ms.high, 2)}
+    values |= {"dense_ms": round(result.dense["latency_ms"].value, 2), "rounds": len(result.rounds)}
+    values |= {"answers": sum(t.candidate.measure for t in result.trials), "seconds": seconds}
+    before, after = correct(plain, task), correct(result.model, task)
+    append(HERE / "strategies.csv", values | {"recalibrated": before.mean(), "fine_tuned": after.mean()})
+    return {"before": before, "after": after, "low": ms.low, "high": ms.high}
+
+
+def apart(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> str:
+    """The paired difference in points with its 95 % interval."""
+    each = 100 * (ours.astype(float) - theirs.astype(float))
+    return f"{each.mean():+.2f} ± {1.96 * each.std() / np.sqrt(len(each)):.2f}"
 
 
 def calibrations() -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     for seed in range(5):
-        result = autoprune.search(task, budget="latency_20ms", seed=seed, final=FineTune(epochs=0), tables=TABLES)
+        result = autoprune.search(
+            task, budget="latency_20ms", seed=seed, final=FineTune(epochs=0), tables=TABLES, cache=CACHE
+        )
         answers = [t for t in result.trials if t.candidate.measure]
         last = answers[-1]
         values: dict[str, Any] = {"seed": seed, "answers": len(answers), "feasible": last.feasible, "met": result.met}
@@ -136,18 +151,6 @@ def allocator() -> None:
         append(HERE / "allocator.csv", values | {"low": round(found.low, 2), "high": round(found.high, 2)})
 
 
-def again(run: str) -> None:
-    folder = Path(run)
-    task = fashion_mnist_resnet20.make_task(data="shipped")
-    table = autoprune.RatioTable.load(folder / "ratios.yaml")
-    model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
-    then = json.loads((folder / "result.json").read_text())["costs"]["latency_ms"]["measured"]
-    now = autoprune.latency(model, task.inputs, seed=1)
-    values = {"then": round(then["value"], 2), "then_high": round(then["high"], 2), "now": round(now.value, 2)}
-    values |= {"now_low": round(now.low, 2), "now_high": round(now.high, 2)}
-    append(HERE / "again.csv", values | {"apart": f"{100 * (now.value / then['value'] - 1):+.1f} %"})
-
-
 def loaded() -> None:
     """Runs the command itself, twice: loads of 50 ms and of 3 s."""
     for spell in ("0.05", "3"):
@@ -180,5 +183,5 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    questions = {f.__name__: f for f in (uniform, calibrations, half, same, allocator, again, loaded)}
+    questions = {f.__name__: f for f in (strategies, calibrations, half, same, allocator, loaded)}
     questions[sys.argv[1]](*sys.argv[2:])

@@ -68,7 +68,10 @@ def append(values: dict[str, Any]) -> None:
 
 def table(found: list[dict[str, str]]) -> list[str]:
     """Means over the seeds that are there; test accuracy also of each seed."""
-    lines = ["| | rounds | short fine-tunes | seconds | score of the answer | test, 1 epoch | each seed |", "|---" * 7 + "|"]
+    lines = [
+        "| | rounds | short fine-tunes | seconds | score of the answer | test, 1 epoch | each seed |",
+        "|---" * 7 + "|",
+    ]
     for option in OPTIONS:
         own = [row for row in found if row["option"] == option]
         if own:
