@@ -10,7 +10,6 @@ row is not searched again.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 import tempfile
@@ -23,6 +22,9 @@ import autoprune
 from autoprune.recover import FineTune
 from autoprune.run import device_of
 from autoprune.tasks import fashion_mnist_resnet20
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records import append, rows
 
 HERE = Path(__file__).parent
 FILE = HERE / "devices.csv"
@@ -40,7 +42,7 @@ def main() -> None:
         devices["ssh"] = replace(devices["onnxruntime"], **there)
     task = fashion_mnist_resnet20.make_task(data="shipped")
     for name, device in devices.items():
-        if any(row["device"] == name and row["strategy"] == chosen.strategy for row in rows()):
+        if any(row["device"] == name and row["strategy"] == chosen.strategy for row in rows(FILE)):
             continue
         began = time.time()
         result = autoprune.search(
@@ -65,25 +67,8 @@ def main() -> None:
             "seconds": round(time.time() - began),
             "kept": json.dumps(kept),
         }
-        append(values)
-    print("\n".join(side_by_side([row for row in rows() if row["strategy"] == chosen.strategy])))
-
-
-def rows() -> list[dict[str, str]]:
-    if not FILE.exists():
-        return []
-    with FILE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(values: dict[str, Any]) -> None:
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values, flush=True)
+        append(FILE, values)
+    print("\n".join(side_by_side([row for row in rows(FILE) if row["strategy"] == chosen.strategy])))
 
 
 def side_by_side(found: list[dict[str, str]]) -> list[str]:

@@ -7,7 +7,6 @@ again. Prints the table with the paired difference (per test image, 95 % interva
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ from autoprune.core import Task
 from autoprune.recover import recalibrate
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records import append, rows
+
 HERE = Path(__file__).parent
 EPOCHS = 3
 FIELDS = ["task", "seed", "strategy", "of_dense_macs", "dense", "recalibrated", "fine_tuned"]
@@ -35,9 +37,9 @@ def main(name: str, data: str = "shipped", seeds: str = "0,1,2") -> None:
     path = HERE / "results.csv"
     for seed in map(int, seeds.split(",")):
         for strategy in ("uniform", "sensitivity"):
-            if not any(r["task"] == name and r["seed"] == str(seed) and r["strategy"] == strategy for r in read(path)):
+            if not any(r["task"] == name and r["seed"] == str(seed) and r["strategy"] == strategy for r in rows(path)):
                 append(path, row(task, seed, strategy, float(dense.mean())))
-    show(name, read(path))
+    show(name, rows(path))
 
 
 def row(task: Task, seed: int, strategy: str, dense: float) -> dict[str, Any]:
@@ -81,23 +83,6 @@ def show(name: str, rows: list[dict[str, str]]) -> None:
             mean, half = paired(name, seed, when)
             cells.append(f"{mean:+.2f} ± {half:.2f}")
         print("| " + " | ".join(cells) + " |")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path: Path, values: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values, flush=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Rows go to <question>.csv beside this file; `strategies` makes no row again that
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,9 @@ from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
 from autoprune.recover import FineTune, recalibrate
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records import append
 
 HERE = Path(__file__).parent
 TABLES = Path(tempfile.gettempdir()) / "autoprune_tables"
@@ -170,16 +172,6 @@ def correct(model: nn.Module, task: Task) -> NDArray[np.bool_]:
     model.eval()
     with torch.inference_mode():
         return np.concatenate([(model(x).argmax(1) == y).numpy() for x, y in task.test])
-
-
-def append(path: Path, values: dict[str, Any]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ share no cache.
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 import time
@@ -17,6 +16,9 @@ from typing import Any
 import autoprune
 from autoprune.recover import FineTune
 from autoprune.tasks import fashion_mnist_resnet20
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from records import append, rows
 
 FILE = Path(__file__).parent / "options.csv"
 NETADAPT = {"_target_": "autoprune.strategies.netadapt.NetAdapt"}
@@ -36,7 +38,7 @@ def main(seeds: int) -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     for seed in range(seeds):
         for option, strategy in OPTIONS.items():
-            if any(row["option"] == option and int(row["seed"]) == seed for row in rows()):
+            if any(row["option"] == option and int(row["seed"]) == seed for row in rows(FILE)):
                 continue
             began = time.time()
             final = FineTune(epochs=1)
@@ -45,25 +47,8 @@ def main(seeds: int) -> None:
             values |= {"fine_tuned": sum(t.candidate.recovery == "short" for t in result.trials)}
             values |= {"seconds": round(time.time() - began), "macs": result.measured["macs"].value}
             values |= {"score": result.scores.pruned, "test": result.scores.test_recovered, "met": result.met}
-            append(values)
-    print("\n".join(table(rows())))
-
-
-def rows() -> list[dict[str, str]]:
-    if not FILE.exists():
-        return []
-    with FILE.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(values: dict[str, Any]) -> None:
-    new = not FILE.exists()
-    with FILE.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values, flush=True)
+            append(FILE, values)
+    print("\n".join(table(rows(FILE))))
 
 
 def table(found: list[dict[str, str]]) -> list[str]:
