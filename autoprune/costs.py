@@ -169,14 +169,15 @@ class _Once:
     seed: int
     progress: Progress
 
-    def measured(self, meter: Meter) -> Measurement:
+    def measured(self, meter: Meter, **by: str) -> Measurement:
+        """by: what else the value depends on."""
         if self.folder is not None:
             check_writable(self.folder, "profile.folder")
         task, device = self.task, self.device
         with warm(device) as worker:
-            facts = profile.key(device, task.model, task.inputs, self.traced.space, worker.facts)
+            facts = profile.key(device, task.model, task.inputs, self.traced.space, {**worker.facts, **by})
         self.progress.stage(f"measuring the dense network's {meter.name} on {device.name}", None)
-        return kept.measured(meter, task.model, task.inputs, facts=facts, folder=self.folder)
+        return kept.measured(meter, task.model, task.inputs, device=device, facts=facts, folder=self.folder)
 
 
 def _resident(once: _Once) -> tuple[Measurement, Meter, CostModel]:
@@ -198,7 +199,7 @@ def _energy(once: _Once, constants: Constants, *, relative: bool) -> tuple[Measu
         modelled = ModelledEnergy(constants, why=counter.why)
         return modelled.measure(task.model, task.inputs), modelled, exact
     meter = MeasuredEnergy(device, seed=once.seed)
-    dense = once.measured(meter)
+    dense = once.measured(meter, counter=counter.name)
     return dense, meter.beside(Reference(task.model, dense, relative)), exact.scaled(dense.value)
 
 

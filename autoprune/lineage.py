@@ -74,8 +74,8 @@ class Networks:
     def retain(self, digests: Collection[str]) -> None:
         """Delete every network but these."""
         self._memory = {digest: tensors for digest, tensors in self._memory.items() if digest in digests}
-        for path in self.folder.glob("*.safetensors") if self.folder is not None else ():
-            if path.stem not in digests:
+        for path in self.folder.glob("*.*") if self.folder is not None else ():
+            if path.name.partition(".")[0] not in digests:  # what a killed process left half written too
                 path.unlink(missing_ok=True)
 
 

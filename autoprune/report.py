@@ -30,7 +30,7 @@ from rich.progress import (
 from rich.table import Table
 
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial
-from autoprune.meters.fitted import stair_levels
+from autoprune.meters.fitted import stair_levels, step_of
 from autoprune.page import RATIO, amount, html, percent, points, with_interval
 
 if TYPE_CHECKING:
@@ -161,14 +161,14 @@ def show_profile(table: CostTable, space: PruningSpace) -> None:
     console = Console()
     cost = table.cost(space)
     steps = stair_levels(cost, space, 16)
-    shown = Table(
-        "group", "units", "ms at full width", "at half", "widths worth keeping", title="steps", title_justify="left"
-    )
+    columns = ("group", "units", "ms at full width", "at half", "step", "widths worth keeping")
+    shown = Table(*columns, title="steps", title_justify="left")
     sizes = [g.size for g in space.groups]
     for i, group in enumerate(space.groups):
         half = cost.at_widths([*sizes[:i], group.size // 2, *sizes[i + 1 :]])
-        widths = ", ".join(str(group.kept(level)) for level in steps.get(group.name, group.levels))
-        shown.add_row(group.name, str(group.size), f"{table.dense.value:.2f}", f"{half:.2f}", widths)
+        widths = [group.kept(level) for level in steps.get(group.name, group.levels)]
+        row = [str(group.size), f"{table.dense.value:.2f}", f"{half:.2f}", str(step_of(widths))]
+        shown.add_row(group.name, *row, ", ".join(map(str, widths)))
     console.print(shown)
     errors, pairs = table.errors(space), table.held_out_pairs(space)
     measured = [m for _, m in pairs]
@@ -278,10 +278,12 @@ def _write_weights(model: nn.Module, path: Path) -> None:
 
 def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> None:
     costs = sorted({name for trial in trials for name in trial.costs})
+    predicted = sorted({name for trial in trials for name in trial.predicted})
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         head = ["number", "recovery", "parent", "about", "score", "score_low", "score_high", "loss", "loss_change"]
-        head += ["loss_change_low", "loss_change_high", *costs, "feasible", "cached", "seconds", "error"]
+        head += ["loss_change_low", "loss_change_high", *costs, *(f"predicted {c}" for c in predicted), "measured"]
+        head += ["feasible", "cached", "seconds", "error"]
         writer.writerow([*head, *(RATIO + g.name for g in space.groups)])
         for t in trials:
             change = t.loss_change or Measurement.exact(math.nan, "loss", "measured")
@@ -298,5 +300,12 @@ def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> N
                 change.low,
             ]
             row += [change.high, *(t.costs[c].value if c in t.costs else "" for c in costs)]
-            row += ["" if t.feasible is None else t.feasible, t.cached, round(t.seconds, 4), t.error or ""]
+            row += [t.predicted.get(c, "") for c in predicted]
+            row += [
+                t.candidate.measure,
+                "" if t.feasible is None else t.feasible,
+                t.cached,
+                round(t.seconds, 4),
+                t.error or "",
+            ]
             writer.writerow([*row, *t.candidate.ratios])

@@ -282,7 +282,9 @@ def _settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
     """The history without an end that was disturbed or failed, which is measured again; what was so on the way there
     stays, as everything after it rests on it."""
     last = next((t for t in reversed(history) if t.candidate.measure), None)
-    return history if last is None or last.feasible is not None else history[: last.number]
+    if last is None or last.feasible is not None or any(t.candidate.parent == last.number for t in history):
+        return history
+    return history[: last.number]
 
 
 def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:

@@ -92,6 +92,8 @@ class Study:
             "recovery": trial.candidate.recovery,
             "parent": trial.candidate.parent,
             "about": dict(trial.candidate.about),
+            "measured": trial.candidate.measure,
+            "predicted": dict(trial.predicted),
             "score_interval": [trial.score_low, trial.score_high],
             "costs": {name: f"{m.value:.6g} {m.unit} ({m.kind})" for name, m in trial.costs.items()},
         }

@@ -59,7 +59,7 @@ def needs(depth): return depth
         ("search budget=energy_50kWh", "unknown unit 'kWh', for energy it must be one of pct, uJ, mJ, J"),
         ("search energy.word_pj=-1", "energy: word_pj must be a finite number of at least 0, got -1"),
         ("search energy.word_pj=much", "energy.word_pj must be a number, got 'much'"),
-        ("search energy=none", "energy"),
+        ("search energy=none", "Available options in 'energy'"),
         ("search budget=[latency_20ms,latency_50pct]", "both in ms and relative to dense"),
         ("search device=quantum", "Available options in 'device': onnxruntime openvino"),
         ("search device.thread=2", "did you mean 'device.threads'?"),

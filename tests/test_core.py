@@ -83,7 +83,7 @@ def test_a_trial_survives_json_exactly() -> None:
             recovery="short",
             measure=True,
             parent=2,
-            about={"round": 4, "target": 1e9 / 3, "group": "conv1"},
+            about={"round": 4, "target macs": 1e9 / 3, "group": "conv1"},
         ),
         score=0.1 + 0.2,
         loss=1e-17,

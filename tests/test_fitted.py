@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autoprune.core import Candidate, Group, Measurement, PruningSpace, Trial, Width, width_of
-from autoprune.meters.fitted import FittedCost, Sample, better, features, fit, stair_levels
+from autoprune.meters.fitted import FittedCost, Sample, better, features, fit, stair_levels, step_of
 from autoprune.meters.profile import _drawn
 
 SIZES = (16, 32, 64, 48)
@@ -129,6 +129,21 @@ def test_levels_lie_on_the_steps(cost: FittedCost) -> None:
     assert all(len(rows) <= 5 and rows[0] == 0.0 for rows in levels.values())
     SPACE.with_levels(levels)
     assert "g0" not in stair_levels(stairs, SPACE, 16), "what costs nothing keeps its levels"
+
+
+@pytest.mark.parametrize(
+    ("widths", "step"),
+    [
+        ([64, 48, 32, 16, 6], 16),
+        ([64, 56, 48, 40, 24, 6], 8),
+        ([64, 56, 48, 32, 20, 12, 6], 4),
+        ([64, 61, 50, 33, 7, 6], 1),
+        ([64, 32, 6], 32),
+        ([16, 2], 1),
+    ],
+)
+def test_the_step_is_told(widths: list[int], step: int) -> None:
+    assert step_of(widths) == step
 
 
 def test_widths_kept_respect_rounding(cost: FittedCost) -> None:

@@ -211,6 +211,15 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     assert torch.equal(found["weight"], model.weight)
 
 
+def test_half_written_networks_go_with_the_rest(tmp_path: Path) -> None:
+    networks = Networks(tmp_path)
+    for digest in ("mine", "theirs"):
+        networks.put(digest, torch.nn.Linear(2, 2))
+    (tmp_path / "theirs.4711.tmp").write_bytes(b"half")
+    networks.retain({"mine"})
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.safetensors"]
+
+
 def test_where_networks_lie() -> None:
     assert folder_beside(None, "s") is None
     assert folder_beside("sqlite:///:memory:", "s") is None

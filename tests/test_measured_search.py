@@ -253,6 +253,15 @@ def test_only_a_disturbed_end_is_measured_again() -> None:
     assert _settled((on_the_way,)) == ()
 
 
+def test_an_end_that_others_start_from_is_none() -> None:
+    """A round went on from a disturbed winner and was interrupted before it measured its own."""
+    won = answer(0, 10.5, 0.9, decided=False)
+    proposal = Trial(number=1, candidate=Candidate(ratios=(0.5,), parent=0))
+    assert _settled((won, proposal)) == (won, proposal)
+    beside = dataclasses.replace(proposal, candidate=Candidate(ratios=(0.5,)))
+    assert _settled((won, beside)) == ()
+
+
 def test_a_device_that_fails_at_the_end_loses_no_work() -> None:
     """The trial's own measurement stands as a prediction, so that the files are written and nothing is called met."""
 

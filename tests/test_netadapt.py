@@ -215,7 +215,7 @@ def test_proposals_start_from_the_last_winner_and_say_what_they_are() -> None:
         for number in (*made.proposals, made.winner):
             candidate = trials[number].candidate
             assert candidate.parent == parent
-            assert (candidate.about["round"], candidate.about["target"]) == (made.number, made.targets[0])
+            assert (candidate.about["round"], candidate.about["target macs"]) == (made.number, made.targets[0])
         assert trials[made.winner].candidate.measure
         parent = made.winner
 

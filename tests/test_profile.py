@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ from autoprune.traced import TracedModel
 
 QUICK = Device(processes=2, most_processes=2, samples=6, seconds=0.2, repeats=0)
 MODEL = MobileNetV2(classes=4).eval()
-INPUTS = (torch.randn(8, 3, 16, 16),)
+INPUTS = (torch.randn(64, 3, 16, 16),)  # enough that arithmetic, not Python, takes the time
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,16 @@ def test_a_table_from_real_measurements(table: CostTable, traced: TracedModel) -
     assert cost.predict(traced.space.dense()) == pytest.approx(table.dense.value)
     deepest = [g.levels[-1] for g in traced.space.groups]
     assert cost.predict(deepest) < cost.predict(traced.space.dense())
+
+
+def test_a_model_left_in_training_mode_is_not_touched() -> None:
+    """Its statistics would move with every pass in its own mode."""
+    model = copy.deepcopy(MODEL).train()
+    before = copy.deepcopy(model.state_dict())
+    built(trace(model, INPUTS), model)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_every_layer_with_weights_is_timed(table: CostTable) -> None:

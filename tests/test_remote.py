@@ -24,6 +24,7 @@ from autoprune import cli
 from autoprune.core import DeviceLostError, InputError
 from autoprune.meters.device import Device, Worker, WorkerLostError, started, warm
 from autoprune.meters.latency import Latency
+from autoprune.meters.profile import dense_of
 from autoprune.meters.wire import packed
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -146,19 +147,47 @@ def test_the_model_never_travels_as_a_pickle(server: Server) -> None:
         ({"ssh": "wrong_hosts"}, "Host key verification failed"),
         ({"host": "nobody@127.0.0.1"}, "Permission denied"),
         ({"python": "/nowhere/python3"}, "nowhere|EOF|closed"),
+        ({"python": "bare_python"}, "No module named 'onnxruntime'"),
         ({"runtime": "openvino", "place": "NPU"}, "no device NPU, only CPU"),
         ({"place": "TensorrtExecutionProvider"}, "no execution provider TensorrtExecutionProvider"),
     ],
-    ids=["host key", "user", "python", "device", "provider"],
+    ids=["host key", "user", "python", "runtime", "device", "provider"],
 )
 def test_a_device_that_is_not_there_is_one_clear_line(server: Server, change: dict[str, str], reason: str) -> None:
     if "ssh" in change:
         change = {"ssh": server.words(change["ssh"])}
+    if change.get("python") == "bare_python":
+        bare = server.folder / "bare_python"
+        bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        bare.chmod(0o755)
+        change = {"python": str(bare)}
     if change.get("runtime") == "openvino":
         pytest.importorskip("openvino")
     with pytest.raises(InputError, match=f"device=board is not there: .*({reason})") as caught:
         started(server.device(name="board", **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch/tmp/x", "board\t-oProxyCommand=x", "my board"])
+def test_a_host_is_no_option(host: str) -> None:
+    with pytest.raises(InputError, match="host must be as ssh knows it"):
+        Device(name="board", host=host, runtime="onnxruntime")
+
+
+def test_a_login_that_never_ends_is_given_up(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = server.folder / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 30\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr("autoprune.meters.device.START_LIMIT_S", 1.5)
+    with pytest.raises(InputError, match=r"device=board is not there: .*no Python answered within 1.5 s"):
+        started(server.device(python=str(silent)))
+
+
+def test_a_model_that_the_runtime_there_cannot_run_is_refused(server: Server) -> None:
+    device = server.device(runtime="openvino", place="CPU", dtype="fp33")
+    pytest.importorskip("openvino")
+    with pytest.raises(InputError, match=r"device=board cannot run this model .*fp33"):
+        dense_of(Latency(device), device, MODEL, INPUTS)
 
 
 def test_an_unreachable_host_ends_the_command_before_any_search(

@@ -122,12 +122,12 @@ def test_the_dense_measurement_is_kept_and_a_damaged_one_refused(tmp_path: Path)
             return Measurement.exact(100.0 + self.taken, "MB", "measured")
 
     meter, model = Counting(), network(4)
-    first = kept.measured(meter, model, INPUT, facts={"a": 1}, folder=tmp_path)
-    assert kept.measured(meter, model, INPUT, facts={"a": 1}, folder=tmp_path) == first
+    first = kept.measured(meter, model, INPUT, device=Device(), facts={"a": 1}, folder=tmp_path)
+    assert kept.measured(meter, model, INPUT, device=Device(), facts={"a": 1}, folder=tmp_path) == first
     assert meter.taken == 1
-    assert kept.measured(meter, model, INPUT, facts={"a": 2}, folder=tmp_path) != first
-    assert kept.measured(meter, model, INPUT, facts={"a": 1}, folder=None) != first
+    assert kept.measured(meter, model, INPUT, device=Device(), facts={"a": 2}, folder=tmp_path) != first
+    assert kept.measured(meter, model, INPUT, device=Device(), facts={"a": 1}, folder=None) != first
     for path in tmp_path.iterdir():
         path.write_text("{}")
     with pytest.raises(InputError, match="is damaged"):
-        kept.measured(meter, model, INPUT, facts={"a": 1}, folder=tmp_path)
+        kept.measured(meter, model, INPUT, device=Device(), facts={"a": 1}, folder=tmp_path)

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -27,7 +28,7 @@ from autoprune.core import DeviceLostError, InputError
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
-GLANCE = 2
+PROCESSES, GLANCE = 5, 2  # behind a verdict, and behind a value to steer by
 GRACE_S = 2.0  # a process ends itself at its limit, wherever it is; this one's own clock comes after
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 RUNTIMES = ("torch", "onnxruntime", "openvino")
@@ -72,7 +73,7 @@ class Device:
     python: str = "python3"
     reconnects: int = 4
     statistic: str = "p50"
-    processes: int = 5
+    processes: int = PROCESSES
     most_processes: int = 10
     precision: float = 0.03
     samples: int = 30
@@ -108,8 +109,13 @@ class Device:
                 f"device={self.name}: runtime=torch would need a pickled model on {self.host}; "
                 "choose onnxruntime or openvino there"
             )
-        if "//" in self.host + self.ssh + self.python or " " in self.host:
-            raise InputError(f"device={self.name}: host, ssh and python must not hold '//', nor host a space")
+        if any("//" in words for words in (self.host, self.ssh, self.python)):
+            raise InputError(f"device={self.name}: host, ssh and python must not hold '//'")
+        if self.host and not re.fullmatch(r"[^\s-]\S*", self.host):
+            raise InputError(
+                f"device={self.name}: host must be as ssh knows it, user@board, without spaces and not beginning with "
+                f"'-', got '{self.host}'"
+            )
 
     @property
     def quantile(self) -> float:
@@ -132,7 +138,8 @@ class Device:
 
     def plan(self, seed: int) -> dict[str, Any]:
         """How a worker is to time each network for a verdict."""
-        samples = max(self.samples, math.ceil(10 / (1 - self.quantile) / self.processes))  # ten passes above a quantile
+        processes = max(self.processes, PROCESSES)  # a glance is no longer than a part of a verdict
+        samples = max(self.samples, math.ceil(10 / (1 - self.quantile) / processes))  # ten passes above a quantile
         return {
             "samples": samples,
             "width": self.width,
@@ -158,7 +165,7 @@ class Worker:
         start = {"do": "start", "runtime": device.runtime, "place": device.place, "threads": device.threads}
         start |= {"dtype": device.dtype, "path": [] if device.host else [str(p) for p in sys.path]}
         try:
-            self._channel = self._group.makegateway(self._address()).remote_exec(worker)
+            self._channel = self._gateway().remote_exec(worker)
             self.facts = self.ask(start, limit_s=START_LIMIT_S)
         except (WorkerLostError, EOFError, OSError, AssertionError, execnet.HostNotFound) as error:
             said = self._said() or (
@@ -173,6 +180,25 @@ class Worker:
             self.close()
             raise
         self.pid = self.facts.pop("pid")
+
+    def _gateway(self) -> Any:
+        """A fresh Python, which must answer in time: what waits behind a login that never ends is left to itself."""
+        made: list[Any] = []
+
+        def make() -> None:
+            try:
+                made.append(self._group.makegateway(self._address()))
+            except BaseException as error:  # noqa: BLE001, it is raised where it is waited for
+                made.append(error)
+
+        thread = threading.Thread(target=make, daemon=True)
+        thread.start()
+        thread.join(START_LIMIT_S)
+        if not made:
+            raise WorkerLostError(f"no Python answered within {START_LIMIT_S:g} s")
+        if isinstance(made[0], BaseException):
+            raise made[0]
+        return made[0]
 
     def _address(self) -> str:
         """Where execnet finds the fresh Python: the environment is set before it starts."""
@@ -221,7 +247,11 @@ class Worker:
         return answer
 
     def _kill(self) -> None:
-        if self.pid is not None and not self.device.host:
+        """End the process; of one on another machine the connection, without which it ends."""
+        if self.device.host:
+            for gateway in self._group:
+                gateway._io.kill()
+        elif self.pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
 
@@ -264,7 +294,8 @@ def started(device: Device) -> Worker:
             _answered.add(device.where)
             return worker
         if attempt < device.reconnects:
-            LOG.warning("device=%s: %s; it is tried again in %d s", device.name, problem, 2**attempt)
+            if attempt == 0:
+                LOG.warning("device=%s: %s; it is tried again %d times", device.name, problem, device.reconnects)
             time.sleep(2**attempt)
     raise DeviceLostError(f"device={device.name} was lost: {problem}")
 

@@ -40,6 +40,7 @@ FEW = (
     *(("width", f"ragged {b} x width") for b in RAGGED),
     *(("ragged 4 x width", "1"), ("1", "ragged 4 x width"), ("width", "narrow x width"), ("1", "narrow x width")),
 )
+STEADY = 0.75  # of the widths worth keeping: that many on multiples of a block make it the step
 NOTICEABLE = 0.03  # of a group's range: a narrower width that gains less is no step
 
 
@@ -298,6 +299,16 @@ def stair_levels(cost: FittedCost, space: PruningSpace, most: int, round_to: int
         if len(worth) > 1:
             found[group.name] = tuple((group.size - w) / group.size for w in _spread(worth, most))
     return found
+
+
+def step_of(widths: Sequence[int]) -> int:
+    """The largest of BLOCKS and 4 that three quarters of the widths between the deepest and the full one (both are
+    always there) are multiples of; 1 where none is, or nothing lies between."""
+    between = sorted(widths)[1:-1]
+    blocks = (
+        b for b in sorted({*BLOCKS, 4}, reverse=True) if sum(w % b == 0 for w in between) >= STEADY * len(between)
+    )
+    return next(blocks, 1) if between else 1
 
 
 def _steps(cost: FittedCost, context: Sequence[int], index: int, group: Group, round_to: int) -> dict[int, float]:

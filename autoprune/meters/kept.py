@@ -10,19 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoprune.core import InputError, Measurement, Meter
-from autoprune.meters.profile import path_of
+from autoprune.meters.device import Device
+from autoprune.meters.profile import dense_of, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 def measured(
-    meter: Meter, model: nn.Module, inputs: tuple[Tensor, ...], *, facts: Mapping[str, Any], folder: Path | None
+    meter: Meter,
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    device: Device,
+    facts: Mapping[str, Any],
+    folder: Path | None,
 ) -> Measurement:
     """The measurement for these facts that the folder keeps, or a new one, kept there unless it was disturbed.
 
     Raises:
-        InputError: the file in the folder is damaged.
+        InputError: the file in the folder is damaged, or the device cannot run the model.
     """
     facts = {**facts, "cost": meter.name}
     path = None if folder is None else path_of(folder, facts)
@@ -34,7 +41,7 @@ def measured(
             raise InputError(
                 f"the measurement {path} is damaged ({type(error).__name__}: {error}): delete it"
             ) from error
-    found = meter.measure(model, inputs)
+    found = dense_of(meter, device, model, inputs)
     if path is not None and found.decided:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"facts": facts, "dense": asdict(found)}))

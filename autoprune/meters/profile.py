@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from autoprune.core import InputError, Measurement, PruningSpace, Width
-from autoprune.meters.device import Device, MeasuringError, WarmWorker, settings, warm
+from autoprune.borrowing import arguments, evaluating, seeded
+from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width
+from autoprune.meters.device import Device, MeasuringError, WarmWorker, WorkerLostError, settings, warm
 from autoprune.meters.fitted import By, FittedCost, Sample, better, fit
 from autoprune.meters.latency import Latency
 from autoprune.meters.wire import packed
@@ -141,6 +142,7 @@ def key(
         "autoprune": version("autoprune"),
         **settings(device),
         **facts,
+        **({} if device.runtime == "torch" else {name: version(name) for name in ("torch", "onnx", "onnxscript")}),
         "model, inputs and groups": hashlib.sha256(content.encode()).hexdigest()[:16],
     }
 
@@ -199,7 +201,7 @@ def build(
     Raises:
         MeasuringError: more than half of the networks could not be measured.
     """
-    dense = meter.measure(model, inputs)
+    dense = dense_of(meter, meter.device, model, inputs)
     runtime, sizes = meter.device.runtime, [g.size for g in space.groups]
     kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
     samples: list[Sample | None] = []
@@ -237,6 +239,24 @@ def build(
     )
 
 
+def dense_of(meter: Meter, device: Device, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
+    """What the user's own network costs.
+
+    Raises:
+        InputError: the device cannot run it.
+        WorkerLostError: its worker was lost twice.
+    """
+    try:
+        return meter.measure(model, inputs)
+    except WorkerLostError:
+        raise
+    except MeasuringError as error:
+        raise InputError(
+            f"device={device.name} cannot run this model ({error}): choose another device, or versions of its runtime "
+            "and of onnx that go together"
+        ) from error
+
+
 def _measured(worker: WarmWorker, blobs: Sequence[dict[str, Any]], device: Device, seed: int) -> dict[str, Any]:
     plan = {**device.plan(seed), "samples": PASSES, "width": math.inf, "block": 1, "settle": False}
     return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layers_of": blobs[0], "layer_passes": 4})
@@ -257,10 +277,12 @@ def _kinds(model: nn.Module, inputs: Sequence[Tensor], wanted: Iterable[str]) ->
 
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(seen(name)) for name in wanted if name in modules]
-    with torch.inference_mode():
-        model(*inputs)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.inference_mode(), evaluating(model), seeded(0):
+            model(*arguments(inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return found
 
 

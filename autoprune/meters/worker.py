@@ -159,7 +159,10 @@ class OnnxRuntime:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
-        return self.package.InferenceSession(blob["onnx"], options, providers=[self.place]), _arrays(blob)
+        session = self.package.InferenceSession(blob["onnx"], options, providers=[self.place], enable_fallback=False)
+        if session.get_providers()[0] != self.place:  # what it falls back to is another device
+            raise RuntimeError(f"{self.place} does not work, only {session.get_providers()[0]}")
+        return session, _arrays(blob)
 
     def call(self, model: Any, inputs: dict[str, Any]) -> Callable[[], Any]:
         return lambda: model.run(None, inputs)

@@ -386,11 +386,8 @@ class NetAdapt(Scripted):
         return trial, probed[0].score if probed and probed[0].error is None else before
 
     def _candidate(self, levels: tuple[int, ...], number: int, targets: Sequence[float], step: Step) -> Candidate:
-        about: dict[str, float | str] = {
-            "round": number,
-            "target": targets[0],
-            "group": self.space.groups[step[0]].name,
-        }
+        about: dict[str, float | str] = {"round": number, "group": self.space.groups[step[0]].name}
+        about |= {f"target {b.cost}": target for b, target in zip(self.budgets, targets, strict=True)}
         return Candidate(ratios=self._ratios(levels), recovery=self.recovery, parent=self._parent, about=about)
 
     def _moved(self, step: Step) -> tuple[int, ...]:
