@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -133,40 +133,28 @@ def search(
         seed=seed,
         cache=None if cache is None else Path(cache),
     )
-    trials: tuple[Trial, ...] = ()
-    name = ""
-    dense_now = evaluator.measured(evaluator.dense_model) if prices.already_met else {}
-    if prices.already_met and all(limit.met(dense_now[limit.cost]) for limit in prices.limits):
-        answer = Trial(number=0, candidate=Candidate(ratios=traced.space.dense()), score=evaluator.dense().score)
-        model = copy.deepcopy(evaluator.dense_model)
-        for text, limit in zip(asked, prices.limits, strict=True):
-            progress.say(_already(text, limit, dense_now[limit.cost]))
-    else:
+    found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
+    if found is None:
         limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
         planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        trials = _converse(planner, evaluator, study, progress)
-        answer = _best(trials, prices.steered, prices.limits)
-        model = _recovered(evaluator, answer, final, seed=seed, progress=progress)
+        found = _found(planner, evaluator, prices, study, final, progress)
     return concluded(
         evaluator,
         prices,
-        answer,
-        model,
+        found.answer,
+        found.model,
         importance,
         asked=asked,
         chosen=chosen,
         device=target,
         progress=progress,
-        known={} if trials else dense_now,
-        trials=trials,
-        study=name,
+        known=found.known,
         storage=storage,
-        findings={f.group: f.what for f in getattr(planner, "findings", ())} if trials else {},
-        rounds=tuple(asdict(made) for made in getattr(planner, "trace", ())) if trials else (),
         began=began,
+        **found.record,
     )
 
 
@@ -259,6 +247,42 @@ def _check_settings(build: Callable[..., Strategy], traced: TracedModel, seed: i
         raise
     except Exception as error:  # noqa: BLE001, a strategy may need a budget
         LOG.debug("%s without a budget: %s", build, error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The answer and its network, whose costs are `known` where they were measured just now; what Result keeps of how
+    it was found."""
+
+    answer: Trial
+    model: nn.Module
+    record: Mapping[str, Any]
+    known: Mapping[str, Measurement] = field(default_factory=dict)
+
+
+def _left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progress: Progress) -> _Found | None:
+    """The dense network where it keeps every budget, measured once more; None where it does not now."""
+    known = evaluator.measured(evaluator.dense_model)
+    if not all(limit.met(known[limit.cost]) for limit in prices.limits):
+        return None
+    for text, limit in zip(asked, prices.limits, strict=True):
+        progress.say(_already(text, limit, known[limit.cost]))
+    answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
+    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": ()}
+    return _Found(answer=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
+
+
+def _found(
+    planner: Strategy, evaluator: Evaluator, prices: Costs, study: Study, plan: FineTune, progress: Progress
+) -> _Found:
+    """The best answer of the whole conversation, fine-tuned."""
+    trials = _converse(planner, evaluator, study, progress)
+    findings = {f.group: f.what for f in getattr(planner, "findings", ())}
+    rounds = tuple(asdict(made) for made in getattr(planner, "trace", ()))
+    answer = _best(trials, prices.steered, prices.limits)
+    model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
+    record = {"trials": trials, "study": study.name, "findings": findings, "rounds": rounds}
+    return _Found(answer=answer, model=model, record=record)
 
 
 def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:
