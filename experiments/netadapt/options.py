@@ -1,8 +1,8 @@
 """NetAdapt's options beside the paper's own way: python experiments/netadapt/options.py [seeds]
 
 Searches the default task under flops_50pct, a counted budget, so that options alone make the difference, and fine-tunes
-each answer for one epoch. Rows go to options.csv; a row that is there is not made again. Seconds are of searches that
-share no cache.
+each answer for one epoch; short fine-tunes are a tenth of one. Rows go to options.csv; a row that is there is not made
+again. Seconds are of searches that share no cache.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import autoprune
+from autoprune.evaluate import Scoring
 from autoprune.recover import FineTune
 from autoprune.tasks import fashion_mnist_resnet20
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from records import append, rows
 
 FILE = Path(__file__).parent / "options.csv"
+SCORING = Scoring(short=FineTune(epochs=0.1, teach=0.0))
 NETADAPT = {"_target_": "autoprune.strategies.netadapt.NetAdapt"}
 OPTIONS: dict[str, str | dict[str, Any]] = {
     "uniform": "uniform",
@@ -41,8 +43,9 @@ def main(seeds: int) -> None:
             if any(row["option"] == option and int(row["seed"]) == seed for row in rows(FILE)):
                 continue
             began = time.time()
-            final = FineTune(epochs=1)
-            result = autoprune.search(task, budget="flops_50pct", strategy=strategy, seed=seed, final=final)
+            result = autoprune.search(
+                task, budget="flops_50pct", strategy=strategy, seed=seed, scoring=SCORING, final=FineTune(epochs=1)
+            )
             values: dict[str, Any] = {"seed": seed, "option": option, "rounds": len(result.rounds)}
             values |= {"fine_tuned": sum(t.candidate.recovery == "short" for t in result.trials)}
             values |= {"seconds": round(time.time() - began), "macs": result.measured["macs"].value}
