@@ -27,7 +27,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial
 from autoprune.meters.fitted import stair_levels, step_of
@@ -161,8 +161,8 @@ def show_profile(table: CostTable, space: PruningSpace) -> None:
     console = Console()
     cost = table.cost(space)
     steps = stair_levels(cost, space, 16)
-    columns = ("group", "units", "ms at full width", "at half", "step", "widths worth keeping")
-    shown = Table(*columns, title="steps", title_justify="left")
+    widest = Column("widths worth keeping", min_width=20)
+    shown = Table("group", "units", "ms", "ms at half", "step", widest, title="steps", title_justify="left")
     sizes = [g.size for g in space.groups]
     for i, group in enumerate(space.groups):
         half = cost.at_widths([*sizes[:i], group.size // 2, *sizes[i + 1 :]])
