@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +50,8 @@ def measured_search(folder: Path, budget: Any = "latency_80pct", **settings: Any
     return searched(task(), budget=budget, **(defaults | settings))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def unheeding() -> Iterator[None]:
-    """Others on this machine count for nothing: a cost table made under load would not be kept, and most of these tests
-    are of what follows from one that is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autoprune.meters.latency.DISTURBED", math.inf)
-        yield
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, unheeding: None) -> Path:
     """Where the tests of this file keep one cost table."""
     return tmp_path_factory.mktemp("measured")
 
