@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -311,7 +313,13 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
         "evaluator.images=300",
         "evaluator.cache=null",
     ]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ.copy())
+
+    def heeding() -> None:
+        """A shell starts what runs in its background deaf to Ctrl-C, and all that comes of it."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(line, **pipes, env=os.environ.copy(), preexec_fn=heeding)
 
     def count() -> int:
         """Looks, and no more: Optuna's own reader would make the tables, in a race with the search."""
@@ -324,7 +332,7 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and count() < 8:
         time.sleep(0.2)
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "what was scored is kept" in err

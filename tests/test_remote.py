@@ -307,8 +307,9 @@ def test_a_search_survives_a_loss_within_a_round(server: Server, tmp_path: Path,
         Worker.ask = ask  # type: ignore[method-assign]
         log.removeHandler(handler)
     assert harmed
-    winners = [t.number for t in result.trials if t.candidate.measure]
-    assert [made["winner"] for made in result.rounds] == winners, "each round's winner was measured once"
+    measured = [t for t in result.trials if t.candidate.measure]
+    assert {made["winner"] for made in result.rounds} <= {t.number for t in measured}
+    assert len({t.candidate.ratios for t in measured}) == len(measured), "each was measured once"
     assert [t.number for t in result.trials] == list(range(len(result.trials)))
     assert not any(t.error for t in result.trials)
     assert result.measured["latency_ms"].kind == "measured"

@@ -274,9 +274,9 @@ class Worker:
 _answered: set[tuple[str, ...]] = set()  # by this process's questions: such a device is lost when it is not there
 
 
-def started(device: Device) -> Worker:
+def started(device: Device, *, told: bool = False) -> Worker:
     """A worker on the device. One that answered before and cannot be reached now is tried again, after longer and
-    longer waits.
+    longer waits; told: the log has a line of this loss already.
 
     Raises:
         InputError: the device is not there.
@@ -294,8 +294,8 @@ def started(device: Device) -> Worker:
             _answered.add(device.where)
             return worker
         if attempt < device.reconnects:
-            if attempt == 0:
-                LOG.warning("device=%s: %s; it is tried again %d times", device.name, problem, device.reconnects)
+            level = logging.DEBUG if told or attempt else logging.WARNING
+            LOG.log(level, "device=%s: %s; it is tried again %d times", device.name, problem, device.reconnects)
             time.sleep(2**attempt)
     raise DeviceLostError(f"device={device.name} was lost: {problem}")
 
@@ -323,8 +323,8 @@ class WarmWorker:
             return self._started().ask(message)
         except WorkerLostError as error:
             LOG.warning("%s; another one is started", error)
-            self._worker = None
-            return self._started().ask(message)
+            self._worker = started(self.device, told=True)
+            return self._worker.ask(message)
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -351,15 +351,15 @@ def warm(device: Device) -> Iterator[WarmWorker]:
 def fresh(device: Device, message: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of a process started for this message alone, with the device's facts; once more where it is lost."""
 
-    def once() -> dict[str, Any]:
-        with started(device) as worker:
+    def once(*, told: bool) -> dict[str, Any]:
+        with started(device, told=told) as worker:
             return {**worker.ask(message), "facts": worker.facts}
 
     try:
-        return once()
+        return once(told=False)
     except WorkerLostError as error:
         LOG.warning("%s; another one is started", error)
-        return once()
+        return once(told=True)
 
 
 def settings(device: Device) -> dict[str, Any]:
