@@ -1,7 +1,7 @@
 """Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
-    strategies          sensitivity and netadapt against uniform at latency_58pct (20 of 34 ms, free of the machine's
-                        pace), 3 seeds: test accuracy, recalibrated and fine-tuned
+    strategies [SEEDS [BUDGET]]     sensitivity and netadapt against uniform at latency_58pct (20 of 34 ms, free of the
+                        machine's pace), 3 seeds: test accuracy, recalibrated and fine-tuned
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
     half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
     same                the same network against itself, 40 times: how often is one called faster?
@@ -44,7 +44,7 @@ EPOCHS = 3  # of its final fine-tunes
 BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
 
 
-def strategies(count: str = "3") -> None:
+def strategies(count: str = "3", budget: str = BUDGET) -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     dense = correct(task.model, task)
     print(
@@ -53,9 +53,9 @@ def strategies(count: str = "3") -> None:
     for seed in range(int(count)):
         base = None
         for strategy in ("uniform", "sensitivity", "netadapt"):
-            file = HERE / f"strategies_{seed}_{strategy}.npz"
+            file = HERE / f"{'strategies' if budget == BUDGET else budget}_{seed}_{strategy}.npz"
             if not file.exists():
-                np.savez_compressed(file, **_searched(task, strategy, seed))
+                np.savez_compressed(file, **_searched(task, strategy, seed, budget))
             found = np.load(file)
             before, after, base = found["before"], found["after"], base or found
             cells = [str(seed), strategy, f"{found['low']:.3f} to {found['high']:.3f}", f"{100 * before.mean():.2f}"]
@@ -63,12 +63,12 @@ def strategies(count: str = "3") -> None:
             print("| " + " | ".join([*cells, apart(after, dense)]) + " |", flush=True)
 
 
-def _searched(task: Task, strategy: str, seed: int) -> dict[str, Any]:
+def _searched(task: Task, strategy: str, seed: int, budget: str) -> dict[str, Any]:
     """Which test images the answer gets right, recalibrated only and fine-tuned, and what it takes."""
     began = time.time()
     result = autoprune.search(
         task,
-        budget=BUDGET,
+        budget=budget,
         strategy=strategy,
         seed=seed,
         final=FineTune(epochs=EPOCHS),
@@ -85,7 +85,10 @@ def _searched(task: Task, strategy: str, seed: int) -> dict[str, Any]:
     values |= {"dense_ms": round(result.dense["latency_ms"].value, 2), "rounds": len(result.rounds)}
     values |= {"answers": sum(t.candidate.measure for t in result.trials), "seconds": seconds}
     before, after = correct(plain, task), correct(result.model, task)
-    append(HERE / "strategies.csv", values | {"recalibrated": before.mean(), "fine_tuned": after.mean()})
+    append(
+        HERE / f"{'strategies' if budget == BUDGET else budget}.csv",
+        values | {"recalibrated": before.mean(), "fine_tuned": after.mean()},
+    )
     dense = result.dense["latency_ms"].value
     return {"before": before, "after": after, "low": ms.low / dense, "high": ms.high / dense}
 
