@@ -156,7 +156,7 @@ def test_a_counter_that_stands_still_is_none(monkeypatch: pytest.MonkeyPatch) ->
 
 @with_zeus
 @pytest.mark.slow
-@pytest.mark.usefixtures("counter", "unheeding")
+@pytest.mark.usefixtures("counter")
 def test_a_search_under_measured_energy(tmp_path: Path) -> None:
     plain = make_task()
     task = dataclasses.replace(plain, inputs=(plain.search[0][0].repeat(4, 1, 1, 1),))  # type: ignore[index]
