@@ -96,9 +96,7 @@ def test_without_zeus_there_is_no_counter() -> None:
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python started from here gives zeus a processor of 5 W idle and 10 W more while this process works. Unlike
-    a real one it moves all the time: short windows do."""
-    monkeypatch.setattr("autoprune.meters.energy.WINDOW_S", 0.3)
+    """Every Python started from here gives zeus a processor of 5 W idle and 10 W more while this process works."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(FAKE), os.environ.get("PYTHONPATH", "")]))
 
 
