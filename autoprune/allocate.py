@@ -13,7 +13,7 @@ Letters: G groups, L levels of one group.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, vstack
 
-from autoprune.core import CostForm
+from autoprune.core import CostForm, PruningSpace
 from autoprune.units import Labels
 
 if TYPE_CHECKING:
@@ -48,6 +48,20 @@ def cost_of(form: CostForm, levels: Sequence[int]) -> float:
     """The cost of a choice of levels."""
     single = sum(float(u[i]) for u, i in zip(form.unary, levels, strict=True))
     return form.constant + single + sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
+
+
+def evenly(space: PruningSpace, keeps: Callable[[tuple[float, ...]], bool]) -> tuple[int, ...]:
+    """The baseline: every group's level index nearest above one common ratio, the least whose ratios keep the limits.
+
+    Raises:
+        InfeasibleError: no common ratio does.
+    """
+    for common in sorted({level for group in space.groups for level in group.levels}):
+        each = ((i for i, ratio in enumerate(g.levels) if ratio >= common) for g in space.groups)
+        levels = tuple(next(i, len(g.levels) - 1) for i, g in zip(each, space.groups, strict=True))
+        if keeps(tuple(g.levels[i] for g, i in zip(space.groups, levels, strict=True))):
+            return levels
+    raise InfeasibleError
 
 
 def allocate(

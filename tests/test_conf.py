@@ -46,7 +46,7 @@ def test_every_strategy_is_built_with_the_defaults_of_its_class(name: str) -> No
     signature = inspect.signature(components.locate(values["_target_"], "strategy")).parameters
     for key, value in values.items():
         if key != "_target_":
-            assert signature[key].default == value, f"{name}.{key}"
+            assert signature[key].default == (tuple(value) if isinstance(value, list) else value), f"{name}.{key}"
 
 
 @pytest.mark.parametrize("name", components.names("task"))
@@ -55,7 +55,7 @@ def test_every_task_yaml_has_the_defaults_of_its_function(name: str) -> None:
     signature = inspect.signature(components.locate(values["_target_"], "task")).parameters
     for key, value in values.items():
         if key != "_target_" and value != "???":
-            assert signature[key].default == value, f"{name}.{key}"
+            assert signature[key].default == (tuple(value) if isinstance(value, list) else value), f"{name}.{key}"
 
 
 def test_value_types_have_the_defaults_of_their_yaml() -> None:

@@ -83,6 +83,26 @@ def test_refinement_pays() -> None:
     assert sum(r > p + 1e-9 for r, p in zip(refined, plain, strict=True)) <= 2
 
 
+def test_the_answer_is_the_finalist_that_recovers_best() -> None:
+    """Where training cannot mend deep cuts, losses before it mislead; the finalists after it do not."""
+    world = World(4)
+
+    def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        for trial in world.evaluate(batch):
+            beyond = 0.0 if trial.candidate.recovery != "short" else 5 * max(trial.candidate.ratios) ** 4
+            yield dataclasses.replace(trial, loss=trial.loss + beyond, score=trial.score - beyond)
+
+    strategy = Sensitivity(world.space, world.budgets, world.costs)
+    trials = search(strategy, evaluate, lambda trial: None)
+    first = next(t for t in trials if t.candidate.measure)
+    asked = [t for t in trials[: first.number] if "finalist" in t.candidate.about]
+    kinds = {t.candidate.about["finalist"]: t for t in asked}
+    assert {"sweep", "evenness 0.5", "one ratio"} <= set(kinds)
+    best = min(asked, key=lambda t: t.loss)
+    assert first.candidate.ratios == best.candidate.ratios
+    assert max(best.candidate.ratios) < max(kinds["sweep"].candidate.ratios)
+
+
 def test_an_unreachable_budget_costs_no_sweep() -> None:
     world = World(2)
     strategy = Sensitivity(world.space, (Budget("macs", 1.0, "MACs"),), world.costs)
@@ -93,3 +113,5 @@ def test_settings_are_checked() -> None:
     world = World(0)
     with pytest.raises(InputError, match="sweep_levels and attempts must be >= 1"):
         Sensitivity(world.space, world.budgets, world.costs, sweep_levels=0)
+    with pytest.raises(InputError, match=r"evenness must be finite weights >= 0, got \[-1"):
+        Sensitivity(world.space, world.budgets, world.costs, evenness=(-1.0,))

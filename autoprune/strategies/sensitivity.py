@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from autoprune.allocate import InfeasibleError, allocate
+from autoprune.allocate import InfeasibleError, allocate, evenly
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -41,6 +41,7 @@ from autoprune.core import (
 )
 
 Losses = NDArray[np.float64]
+Finalists = Mapping[str, "Sequence[Losses] | None"]  # by kind: what it is allocated on; None is one ratio for all
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
@@ -57,8 +58,12 @@ class Sensitivity(Scripted):
     """See the module's docstring.
 
     sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
-    sweeping around the answer. attempts: how often the answer may be measured, calibrated and solved again.
-    recovery: what the final answer gets before it is scored.
+    sweeping around the answer. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
+    squared x the mean loss of the groups' deepest cuts. attempts: how often the answer may be measured, calibrated and
+    solved again. recovery: what finalists get before they are scored.
+
+    Raises:
+        InputError: a setting is out of its range.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class Sensitivity(Scripted):
         seed: int = 0,
         sweep_levels: int = 7,
         refinements: int = 1,
+        evenness: Sequence[float] = (0.125, 0.25, 0.5),
         attempts: int = 4,
         recovery: Recovery = "short",
     ) -> None:
@@ -78,9 +84,12 @@ class Sensitivity(Scripted):
                 "sensitivity: sweep_levels and attempts must be >= 1 and refinements >= 0, "
                 f"got {sweep_levels}, {attempts}, {refinements}"
             )
+        if not all(0 <= weight < math.inf for weight in evenness):
+            raise InputError(f"sensitivity: evenness must be finite weights >= 0, got {list(evenness)}")
         check_recovery(recovery)
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
+        self.evenness = tuple(evenness)
         self.recovery: Recovery = recovery
         self.findings: tuple[Finding, ...] = ()
         super().__init__(self._converse())
@@ -94,17 +103,22 @@ class Sensitivity(Scripted):
             self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         losses = self._analysed((yield self._sweep()))
         try:
-            answer, tables = yield from self._refined(self._allocated(losses), losses)
+            finalists: Finalists = {
+                "sweep": losses,
+                **(yield from self._refined(self._allocated(losses), losses)),
+                **{f"evenness {weight:g}": self._charged(losses, weight) for weight in self.evenness},
+                "one ratio": None,
+            }
             tried = set()
             for _ in range(self.attempts):
+                answer, finalists = yield from self._best_of(finalists)
+                if answer in tried:
+                    return
                 tried.add(answer)
                 trial = yield from self._measured(answer)
                 if trial.error or not self._worth_another(trial):
                     return
                 self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
-                answer = yield from self._best_of(tables)
-                if answer in tried:
-                    return
         except InfeasibleError:
             yield from self._measured(smallest)
 
@@ -149,7 +163,10 @@ class Sensitivity(Scripted):
         self.findings = tuple(found)
         return losses
 
-    def _allocated(self, losses: Sequence[Losses]) -> tuple[int, ...]:
+    def _allocated(self, losses: Sequence[Losses] | None) -> tuple[int, ...]:
+        """The levels of least summed loss under the budgets; without losses, of one ratio for all groups."""
+        if losses is None:
+            return evenly(self.space, lambda r: all(self.costs[b.cost].predict(r) <= b.limit for b in self.budgets))
         limits = [(form, b.limit) for b in self.budgets for form in self.costs[b.cost].tables()]
         return allocate(losses, limits).levels
 
@@ -157,16 +174,16 @@ class Sensitivity(Scripted):
 
     def _refined(
         self, answer: tuple[int, ...], losses: list[Losses]
-    ) -> Generator[list[Candidate], Sequence[Trial], tuple[tuple[int, ...], list[list[Losses]]]]:
+    ) -> Generator[list[Candidate], Sequence[Trial], dict[str, list[Losses]]]:
         """Sweep around the answer, allocate within what was seen, go there if it scores better; and so on.
 
-        Returns the answer and the loss tables that led there, the sweep's first.
+        Returns the losses that led there, round by round.
         """
-        tables = [losses]
+        found: dict[str, list[Losses]] = {}
         if self.refinements == 0:
-            return answer, tables
+            return found
         (here,) = yield [Candidate(ratios=self._ratios(answer))]
-        for _ in range(self.refinements):
+        for number in range(1, self.refinements + 1):
             steps = self._steps(answer)
             if here.error or not steps:
                 break
@@ -179,23 +196,35 @@ class Sensitivity(Scripted):
             if there.error or there.loss >= here.loss:
                 break
             answer, here = proposal, there
-            tables.append(local)
-        return answer, tables
+            found[f"refinement {number}"] = local
+        return found
+
+    def _charged(self, losses: Sequence[Losses], weight: float) -> list[Losses]:
+        """Losses with a charge on ratios: quadratic, so that it spreads what is cut over the groups."""
+        deepest = [row[np.isfinite(row)][-1] for row in losses]
+        each = zip(self.space.groups, losses, strict=True)
+        return [row + weight * float(np.mean(deepest)) * np.square(g.levels) for g, row in each]
 
     def _best_of(
-        self, tables: Sequence[Sequence[Losses]]
-    ) -> Generator[list[Candidate], Sequence[Trial], tuple[int, ...]]:
-        """Allocate on each table under the calibrated costs, and take what scores best."""
-        proposals: list[tuple[int, ...]] = []
-        for table in tables:
-            with suppress(InfeasibleError):  # a local table may not reach far enough
-                proposals.append(self._allocated(table))
-        proposals = list(dict.fromkeys(proposals))
-        if len(proposals) < 2:
-            return proposals[0] if proposals else self._allocated(tables[0])
-        trials = yield [Candidate(ratios=self._ratios(levels)) for levels in proposals]
-        ranked = sorted(zip(trials, proposals, strict=True), key=lambda pair: (bool(pair[0].error), pair[0].loss))
-        return ranked[0][1]
+        self, finalists: Finalists
+    ) -> Generator[list[Candidate], Sequence[Trial], tuple[tuple[int, ...], Finalists]]:
+        """Allocate for every finalist under the costs as calibrated: the one that scores best after its recovery, and
+        the two best kinds of finalist."""
+        proposals: dict[tuple[int, ...], str] = {}
+        for kind, losses in finalists.items():
+            with suppress(InfeasibleError):  # a refinement may not reach far enough, one ratio may not do at all
+                proposals.setdefault(self._allocated(losses), kind)
+        if not proposals:
+            raise InfeasibleError
+        ranked = list(proposals)
+        if len(ranked) > 1:
+            asked = [
+                Candidate(ratios=self._ratios(levels), recovery=self.recovery, about={"finalist": kind})
+                for levels, kind in proposals.items()
+            ]
+            trials = dict(zip(proposals, (yield asked), strict=True))
+            ranked.sort(key=lambda levels: (trials[levels].error is not None, trials[levels].loss))
+        return ranked[0], {proposals[levels]: finalists[proposals[levels]] for levels in ranked[:2]}
 
     def _steps(self, answer: Sequence[int]) -> list[tuple[int, int]]:
         """The swept levels on either side of the answer, for each group."""

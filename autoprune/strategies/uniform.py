@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from autoprune.allocate import InfeasibleError, evenly
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -60,10 +61,9 @@ class Uniform:
 
     def _smallest(self) -> tuple[float, ...]:
         """The least common ratio that is predicted to keep every budget, or the largest there is."""
-        for common in sorted({level for group in self.space.groups for level in group.levels}):
-            ratios = tuple(
-                next((level for level in g.levels if level >= common), g.levels[-1]) for g in self.space.groups
-            )
-            if all(self.costs[b.cost].predict(ratios) <= b.limit for b in self.budgets):
-                return ratios
-        return tuple(g.levels[-1] for g in self.space.groups)
+        groups = self.space.groups
+        try:
+            levels = evenly(self.space, lambda r: all(self.costs[b.cost].predict(r) <= b.limit for b in self.budgets))
+        except InfeasibleError:
+            levels = tuple(len(g.levels) - 1 for g in groups)
+        return tuple(g.levels[i] for g, i in zip(groups, levels, strict=True))
