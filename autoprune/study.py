@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from optuna.trial import TrialState, create_trial
 from autoprune.core import Budget, InputError, PruningSpace, Trial
 
 SCHEMA = 1
+MAKING = 20  # tries at making the tables
 
 
 class Study:
@@ -135,10 +137,25 @@ def _open(storage: str | None) -> optuna.storages.BaseStorage:
         return optuna.storages.RDBStorage(storage)
     path = Path(storage.removeprefix("sqlite:///"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    opened = optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
+    opened = _made(storage)
     sqlalchemy.event.listen(opened.engine, "connect", _write_ahead)
     opened.engine.dispose()  # connections made before the listener
     return opened
+
+
+def _made(storage: str) -> optuna.storages.RDBStorage:
+    """An SQLite storage, its tables made where there are none: again where another search makes them at this instant,
+    which Optuna does not foresee."""
+    tries = MAKING
+    while True:
+        try:
+            return optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
+        except sqlalchemy.exc.DatabaseError as error:
+            tries -= 1
+            raced = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
+            if not (raced and tries):
+                raise
+        time.sleep(0.2)
 
 
 def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
