@@ -1,4 +1,5 @@
-"""Exact allocation: one level a group so that the summed loss is least and every cost keeps its limit.
+"""Exact allocation: one level a group so that the summed loss is least and every cost keeps its limit; and, as the
+baseline, one ratio for all.
 
 A multiple-choice knapsack with costs of single groups and of pairs of groups, solved as a mixed-integer program by
 HiGHS (scipy). A pair's cost is linearised exactly by its marginals y[i, j] >= 0 with sum_j y = x_a[i] and sum_i y =
@@ -50,8 +51,9 @@ def cost_of(form: CostForm, levels: Sequence[int]) -> float:
     return form.constant + single + sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
 
 
-def evenly(space: PruningSpace, keeps: Callable[[tuple[float, ...]], bool]) -> tuple[int, ...]:
-    """The baseline: every group's level index nearest above one common ratio, the least whose ratios keep the limits.
+def evenly(space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
+    """The baseline: level indices nearest above one common ratio, the least that `keeps` every limit; a group that has
+    no such level gives its deepest.
 
     Raises:
         InfeasibleError: no common ratio does.
@@ -59,7 +61,7 @@ def evenly(space: PruningSpace, keeps: Callable[[tuple[float, ...]], bool]) -> t
     for common in sorted({level for group in space.groups for level in group.levels}):
         each = ((i for i, ratio in enumerate(g.levels) if ratio >= common) for g in space.groups)
         levels = tuple(next(i, len(g.levels) - 1) for i, g in zip(each, space.groups, strict=True))
-        if keeps(tuple(g.levels[i] for g, i in zip(space.groups, levels, strict=True))):
+        if keeps(levels):
             return levels
     raise InfeasibleError
 

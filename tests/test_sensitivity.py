@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,24 +84,76 @@ def test_refinement_pays() -> None:
     assert sum(r > p + 1e-9 for r, p in zip(refined, plain, strict=True)) <= 2
 
 
-def test_the_answer_is_the_finalist_that_recovers_best() -> None:
-    """Where training cannot mend deep cuts, losses before it mislead; the finalists after it do not."""
-    world = World(4)
+def deep_cuts_recover_least(world: World) -> Callable[[Iterable[tuple[int, Candidate]]], Iterator[Trial]]:
+    """The world's trials, where training cannot mend a deep cut."""
 
     def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         for trial in world.evaluate(batch):
-            beyond = 0.0 if trial.candidate.recovery != "short" else 5 * max(trial.candidate.ratios) ** 4
+            beyond = 0.0 if trial.candidate.recovery != "short" else 2 * sum(r**4 for r in trial.candidate.ratios)
             yield dataclasses.replace(trial, loss=trial.loss + beyond, score=trial.score - beyond)
 
-    strategy = Sensitivity(world.space, world.budgets, world.costs)
-    trials = search(strategy, evaluate, lambda trial: None)
+    return evaluate
+
+
+def finalists(trials: Iterable[Trial]) -> list[Trial]:
+    return [t for t in trials if "finalist" in t.candidate.about]
+
+
+def test_the_answer_is_the_finalist_that_recovers_best() -> None:
+    """Losses before training mislead, finalists do not: a charge on squared ratios leads to the best of them."""
+    world = World(4)
+    strategy = Sensitivity(world.space, world.budgets, world.costs, evenness=(0.25, 1.0, 4.0))
+    trials = search(strategy, deep_cuts_recover_least(world), lambda trial: None)
     first = next(t for t in trials if t.candidate.measure)
-    asked = [t for t in trials[: first.number] if "finalist" in t.candidate.about]
-    kinds = {t.candidate.about["finalist"]: t for t in asked}
-    assert {"sweep", "evenness 0.5", "one ratio"} <= set(kinds)
+    asked = finalists(trials[: first.number])
+    kinds = {kind: t for t in asked for kind in str(t.candidate.about["finalist"]).split(", ")}
+    assert {"sweep", "evenness 0.25", "evenness 1.0", "evenness 4.0", "one ratio"} <= set(kinds)
     best = min(asked, key=lambda t: t.loss)
     assert first.candidate.ratios == best.candidate.ratios
-    assert max(best.candidate.ratios) < max(kinds["sweep"].candidate.ratios)
+    assert "evenness" in str(best.candidate.about["finalist"])
+    squares = [sum(r**2 for r in kinds[k].candidate.ratios) for k in ("sweep", "evenness 0.25", "evenness 4.0")]
+    assert squares == sorted(squares, reverse=True)
+    assert squares[0] > squares[-1]
+
+
+def test_after_a_missed_limit_only_what_led_is_solved_again() -> None:
+    world = World(4, bias=0.1)
+    tight = (dataclasses.replace(world.budgets[0], limit=world.budgets[0].limit / 1.08),)
+    strategy = Sensitivity(world.space, tight, world.costs)
+    trials = search(strategy, deep_cuts_recover_least(world), lambda trial: None)
+    first, *others = (t.number for t in trials if t.candidate.measure)
+    assert others, "the first answer exceeded the limit"
+    assert len(finalists(trials[:first])) > 3
+    assert len(finalists(trials[first : others[0]])) <= 2
+    asked = [(t.candidate.ratios, t.candidate.recovery) for t in finalists(trials)]
+    assert len(asked) == len(set(asked)), "no finalist is trained twice"
+    assert answer(trials).costs["macs"].value <= tight[0].limit
+
+
+def test_finalists_that_fail_are_passed_over() -> None:
+    """All fail where anything is trained: they are compared as they are after recalibration."""
+    world = World(4, bias=0.0)
+
+    def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        for number, candidate in batch:
+            if candidate.recovery == "short":
+                yield Trial(number=number, candidate=candidate, error="RuntimeError: diverged")
+            else:
+                yield from world.evaluate([(number, candidate)])
+
+    trials = search(Sensitivity(world.space, world.budgets, world.costs), evaluate, lambda trial: None)
+    found = answer(trials)
+    assert found.candidate.recovery == "probe"
+    assert found.loss == min(t.loss for t in finalists(trials) if not t.error)
+    assert not any(t.error for t in trials if t.candidate.measure), "what has failed is not tried again"
+
+
+def test_a_group_that_cannot_be_cut_is_left_whole_by_every_finalist() -> None:
+    world = World(5)
+    world.fails = lambda ratios: ratios[2] > 0
+    trials = world.play(Sensitivity(world.space, world.budgets, world.costs))
+    assert finalists(trials)
+    assert all(t.candidate.ratios[2] == 0 for t in finalists(trials))
 
 
 def test_an_unreachable_budget_costs_no_sweep() -> None:
@@ -113,5 +166,10 @@ def test_settings_are_checked() -> None:
     world = World(0)
     with pytest.raises(InputError, match="sweep_levels and attempts must be >= 1"):
         Sensitivity(world.space, world.budgets, world.costs, sweep_levels=0)
-    with pytest.raises(InputError, match=r"evenness must be finite weights >= 0, got \[-1"):
-        Sensitivity(world.space, world.budgets, world.costs, evenness=(-1.0,))
+
+
+@pytest.mark.parametrize("evenness", [(-1.0,), (math.inf,), (0.5, 0.5), 0.25, None, ["a"]])
+def test_weights_are_checked(evenness: Any) -> None:
+    world = World(0)
+    with pytest.raises(InputError, match="evenness must be a list of different finite weights"):
+        Sensitivity(world.space, world.budgets, world.costs, evenness=evenness)

@@ -4,11 +4,15 @@ Each group alone is cut at some of its levels and scored (MIT 6.5940's per-layer
 loss increase over the dense model on the same images, after recalibrating batch normalisation, is made monotone
 (isotonic regression) and interpolated to the other levels. The levels of least summed loss under every budget follow
 from an exact allocation (allocate.py) on the cost tables, pairs of groups included. The answer is measured; a limit
-that is missed, or kept by far, calibrates its cost model and the allocation is solved again.
+that is missed, or kept by far, calibrates its cost model, and what leads to the answer is solved again.
 
-Deviations from the course's rule: loss instead of accuracy (smoother at equal images), an allocation instead of one
-accuracy threshold for all layers. The sum of single increases ignores how groups interact: `refinements` sweeps the
-neighbourhood of the answer again, all other groups staying pruned, and keeps what scores better.
+Deviations from the course's rule:
+- Loss instead of accuracy (smoother at equal images), an allocation instead of one accuracy threshold for all layers.
+- The sum of single increases ignores how groups interact: `refinements` sweeps the neighbourhood of the answer again,
+  all other groups staying pruned, and keeps what scores better.
+- What is lost before training is not what training leaves lost: groups cut deeply recover least. So several finalists
+  get their recovery, and the one of least loss is the answer: the allocations on the sweep, on its refinement and on
+  the sweep plus a charge on squared ratios (`evenness`), and one ratio for all groups.
 
 Letters: G groups, L levels of one group.
 """
@@ -16,9 +20,10 @@ Letters: G groups, L levels of one group.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +46,8 @@ from autoprune.core import (
 )
 
 Losses = NDArray[np.float64]
-Finalists = Mapping[str, "Sequence[Losses] | None"]  # by kind: what it is allocated on; None is one ratio for all
+Levels = tuple[int, ...]
+Kinds = Mapping[str, "Callable[[], Levels]"]  # of finalists: how each is allocated under the costs as calibrated
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
@@ -59,8 +65,8 @@ class Sensitivity(Scripted):
 
     sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
     sweeping around the answer. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
-    squared x the mean loss of the groups' deepest cuts. attempts: how often the answer may be measured, calibrated and
-    solved again. recovery: what finalists get before they are scored.
+    squared x the groups' mean loss at the deepest level that could be scored. attempts: how often the answer may be
+    measured, calibrated and solved again. recovery: what finalists get before they are scored.
 
     Raises:
         InputError: a setting is out of its range.
@@ -84,12 +90,14 @@ class Sensitivity(Scripted):
                 "sensitivity: sweep_levels and attempts must be >= 1 and refinements >= 0, "
                 f"got {sweep_levels}, {attempts}, {refinements}"
             )
-        if not all(0 <= weight < math.inf for weight in evenness):
-            raise InputError(f"sensitivity: evenness must be finite weights >= 0, got {list(evenness)}")
+        _check_weights(evenness)
         check_recovery(recovery)
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
         self.evenness = tuple(evenness)
+        self._leading: Kinds = {}  # to the best two finalists so far
+        self._inside: dict[Levels, bool] = {}  # what was measured: whether it kept the budgets
+        self._recovered: dict[tuple[Levels, Recovery], Trial] = {}
         self.recovery: Recovery = recovery
         self.findings: tuple[Finding, ...] = ()
         super().__init__(self._converse())
@@ -103,21 +111,16 @@ class Sensitivity(Scripted):
             self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         losses = self._analysed((yield self._sweep()))
         try:
-            finalists: Finalists = {
-                "sweep": losses,
-                **(yield from self._refined(self._allocated(losses), losses)),
-                **{f"evenness {weight:g}": self._charged(losses, weight) for weight in self.evenness},
-                "one ratio": None,
-            }
-            tried = set()
+            kinds = yield from self._kinds(losses)
             for _ in range(self.attempts):
-                answer, finalists = yield from self._best_of(finalists)
-                if answer in tried:
+                best = yield from self._best_of(kinds)
+                if best is None:
                     return
-                tried.add(answer)
-                trial = yield from self._measured(answer)
+                answer, recovery = best
+                trial = yield from self._measured(answer, recovery)
                 if trial.error or not self._worth_another(trial):
                     return
+                self._inside[answer] = all_met(self.budgets, trial.costs) is True
                 self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         except InfeasibleError:
             yield from self._measured(smallest)
@@ -163,27 +166,34 @@ class Sensitivity(Scripted):
         self.findings = tuple(found)
         return losses
 
-    def _allocated(self, losses: Sequence[Losses] | None) -> tuple[int, ...]:
-        """The levels of least summed loss under the budgets; without losses, of one ratio for all groups."""
-        if losses is None:
-            return evenly(self.space, lambda r: all(self.costs[b.cost].predict(r) <= b.limit for b in self.budgets))
+    def _allocated(self, losses: Sequence[Losses]) -> Levels:
         limits = [(form, b.limit) for b in self.budgets for form in self.costs[b.cost].tables()]
         return allocate(losses, limits).levels
+
+    def _even(self, losses: Sequence[Losses]) -> Levels:
+        """One ratio for all groups, at levels that could be scored."""
+
+        def keeps(levels: Levels) -> bool:
+            ratios = self._ratios(levels)
+            scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
+            return scored and all(self.costs[b.cost].predict(ratios) <= b.limit for b in self.budgets)
+
+        return evenly(self.space, keeps)
 
     # ------------------------------------------------------------------------------------------------- refinement
 
     def _refined(
-        self, answer: tuple[int, ...], losses: list[Losses]
-    ) -> Generator[list[Candidate], Sequence[Trial], dict[str, list[Losses]]]:
+        self, answer: Levels, losses: list[Losses]
+    ) -> Generator[list[Candidate], Sequence[Trial], list[list[Losses]]]:
         """Sweep around the answer, allocate within what was seen, go there if it scores better; and so on.
 
         Returns the losses that led there, round by round.
         """
-        found: dict[str, list[Losses]] = {}
+        found: list[list[Losses]] = []
         if self.refinements == 0:
             return found
         (here,) = yield [Candidate(ratios=self._ratios(answer))]
-        for number in range(1, self.refinements + 1):
+        for _ in range(self.refinements):
             steps = self._steps(answer)
             if here.error or not steps:
                 break
@@ -196,35 +206,65 @@ class Sensitivity(Scripted):
             if there.error or there.loss >= here.loss:
                 break
             answer, here = proposal, there
-            found[f"refinement {number}"] = local
+            found.append(local)
         return found
+
+    # ------------------------------------------------------------------------------------------------- the finalists
+
+    def _kinds(self, losses: list[Losses]) -> Generator[list[Candidate], Sequence[Trial], Kinds]:
+        kinds: dict[str, Callable[[], Levels]] = {"sweep": partial(self._allocated, losses)}
+        with suppress(InfeasibleError):  # a level that failed may bar what the budget takes
+            for number, local in enumerate((yield from self._refined(self._allocated(losses), losses)), start=1):
+                kinds[f"refinement {number}"] = partial(self._allocated, local)
+        kinds |= {
+            f"evenness {weight}": partial(self._allocated, self._charged(losses, weight)) for weight in self.evenness
+        }
+        return kinds | {"one ratio": partial(self._even, losses)}
 
     def _charged(self, losses: Sequence[Losses], weight: float) -> list[Losses]:
         """Losses with a charge on ratios: quadratic, so that it spreads what is cut over the groups."""
-        deepest = [row[np.isfinite(row)][-1] for row in losses]
-        each = zip(self.space.groups, losses, strict=True)
-        return [row + weight * float(np.mean(deepest)) * np.square(g.levels) for g, row in each]
+        deepest = [row[np.isfinite(row)][-1] for row in losses if np.isfinite(row[1:]).any()]
+        scale = weight * float(np.mean(deepest)) if deepest else 0.0
+        return [row + scale * np.square(g.levels) for g, row in zip(self.space.groups, losses, strict=True)]
 
-    def _best_of(
-        self, finalists: Finalists
-    ) -> Generator[list[Candidate], Sequence[Trial], tuple[tuple[int, ...], Finalists]]:
-        """Allocate for every finalist under the costs as calibrated: the one that scores best after its recovery, and
-        the two best kinds of finalist."""
-        proposals: dict[tuple[int, ...], str] = {}
-        for kind, losses in finalists.items():
-            with suppress(InfeasibleError):  # a refinement may not reach far enough, one ratio may not do at all
-                proposals.setdefault(self._allocated(losses), kind)
-        if not proposals:
+    def _best_of(self, kinds: Kinds) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery] | None]:
+        """The finalist that scores best after its recovery, or after the next lesser one where all fail; what leads to
+        the best two is remembered, and allocated again alone. None where nothing new can be measured.
+
+        Raises:
+            InfeasibleError: no finalist is predicted to keep the budgets.
+        """
+        for candidates in (self._leading, kinds):
+            proposed = self._proposed(candidates)
+            if left := [levels for levels in proposed if self._inside.get(levels, True)]:
+                break
+        if not proposed:
             raise InfeasibleError
-        ranked = list(proposals)
-        if len(ranked) > 1:
-            asked = [
-                Candidate(ratios=self._ratios(levels), recovery=self.recovery, about={"finalist": kind})
-                for levels, kind in proposals.items()
-            ]
-            trials = dict(zip(proposals, (yield asked), strict=True))
-            ranked.sort(key=lambda levels: (trials[levels].error is not None, trials[levels].loss))
-        return ranked[0], {proposals[levels]: finalists[proposals[levels]] for levels in ranked[:2]}
+        if len(left) == 1:
+            return None if left[0] in self._inside else (left[0], self.recovery)
+        for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
+            unseen = [levels for levels in left if (levels, recovery) not in self._recovered]
+            trials = (yield [self._finalist(n, recovery, proposed[n]) for n in unseen]) if unseen else ()
+            self._recovered |= {(levels, recovery): t for levels, t in zip(unseen, trials, strict=True)}
+            losses = {n: self._recovered[n, recovery].loss for n in left if not self._recovered[n, recovery].error}
+            if losses:
+                ranked = sorted(losses, key=losses.__getitem__)
+                self._leading = {kind: kinds[kind] for levels in ranked[:2] for kind in proposed[levels]}
+                return None if ranked[0] in self._inside else (ranked[0], recovery)
+        return None
+
+    def _proposed(self, kinds: Kinds) -> dict[Levels, list[str]]:
+        """Every allocation that keeps the budgets, with the kinds that lead to it."""
+        found: dict[Levels, list[str]] = {}
+        for kind, allocated in kinds.items():
+            with suppress(InfeasibleError):  # a refinement may not reach far enough, one ratio may not do at all
+                found.setdefault(allocated(), []).append(kind)
+        return found
+
+    def _finalist(self, levels: Levels, recovery: Recovery, kinds: Sequence[str]) -> Candidate:
+        return Candidate(ratios=self._ratios(levels), recovery=recovery, about={"finalist": ", ".join(kinds)})
+
+    # ------------------------------------------------------------------------------------------------- neighbourhood
 
     def _steps(self, answer: Sequence[int]) -> list[tuple[int, int]]:
         """The swept levels on either side of the answer, for each group."""
@@ -257,16 +297,28 @@ class Sensitivity(Scripted):
     def _moved(self, levels: Sequence[int], group: int, level: int) -> Candidate:
         return Candidate(ratios=self._ratios((*levels[:group], level, *levels[group + 1 :])))
 
-    def _measured(self, levels: Sequence[int]) -> Generator[list[Candidate], Sequence[Trial], Trial]:
+    def _measured(
+        self, levels: Sequence[int], recovery: Recovery | None = None
+    ) -> Generator[list[Candidate], Sequence[Trial], Trial]:
         """The answer with its recovery; where that fails (a fine-tune that diverges, say) with the next lesser one."""
-        for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
-            (trial,) = yield [Candidate(ratios=self._ratios(levels), recovery=recovery, measure=True)]
+        for lesser in RECOVERIES[RECOVERIES.index(recovery or self.recovery) :]:
+            (trial,) = yield [Candidate(ratios=self._ratios(levels), recovery=lesser, measure=True)]
             if not trial.error:
                 break
         return trial
 
     def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
         return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
+
+
+def _check_weights(evenness: Sequence[float]) -> None:
+    """Raises InputError unless these are different weights."""
+    numbers = isinstance(evenness, Sequence) and all(isinstance(w, int | float) for w in evenness)
+    if not (numbers and all(0 <= w < math.inf for w in evenness) and len(set(evenness)) == len(evenness)):
+        raise InputError(
+            f"sensitivity: evenness must be a list of different finite weights >= 0, got {evenness}: "
+            "strategy.evenness=[0.25], or [] for none"
+        )
 
 
 def _monotone(points: Mapping[int, float], count: int) -> Losses:

@@ -61,9 +61,13 @@ class Uniform:
 
     def _smallest(self) -> tuple[float, ...]:
         """The least common ratio that is predicted to keep every budget, or the largest there is."""
-        groups = self.space.groups
         try:
-            levels = evenly(self.space, lambda r: all(self.costs[b.cost].predict(r) <= b.limit for b in self.budgets))
+            return self._ratios(evenly(self.space, self._keeps))
         except InfeasibleError:
-            levels = tuple(len(g.levels) - 1 for g in groups)
-        return tuple(g.levels[i] for g, i in zip(groups, levels, strict=True))
+            return self._ratios([len(g.levels) - 1 for g in self.space.groups])
+
+    def _keeps(self, levels: Sequence[int]) -> bool:
+        return all(self.costs[b.cost].predict(self._ratios(levels)) <= b.limit for b in self.budgets)
+
+    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
+        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
