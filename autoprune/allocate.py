@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from autoprune.core import Floats
 
 
+EVENNESS = (0.125, 0.25, 0.5)  # weights of `charged` that a search does well to try
 SMALL = 300  # levels in all; below that the whole program solves at once
 
 
@@ -49,6 +50,14 @@ def cost_of(form: CostForm, levels: Sequence[int]) -> float:
     """The cost of a choice of levels."""
     single = sum(float(u[i]) for u, i in zip(form.unary, levels, strict=True))
     return form.constant + single + sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
+
+
+def charged(space: PruningSpace, losses: Sequence[Floats], weight: float) -> list[Floats]:
+    """Losses [L] a group with a charge on ratios, quadratic, so that it spreads what is cut over the groups: weight x
+    ratio squared x the groups' mean loss at the deepest level that could be scored."""
+    deepest = [row[np.isfinite(row)][-1] for row in losses if np.isfinite(row[1:]).any()]
+    scale = weight * float(np.mean(deepest)) if deepest else 0.0
+    return [row + scale * np.square(g.levels) for g, row in zip(space.groups, losses, strict=True)]
 
 
 def evenly(space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:

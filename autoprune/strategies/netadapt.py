@@ -29,12 +29,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from autoprune.allocate import InfeasibleError, allocate
+from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -274,7 +275,7 @@ class NetAdapt(Scripted):
     # ----------------------------------------------------------------------------------------------- where it begins
 
     def _begin(self) -> Conversation:
-        """The dense network's score; with start="allocation" the sweep, and the measured network that it leads to."""
+        """The dense network's score; with start="allocation" a sweep, and the measured network that it leads to."""
         cells = [(g, level) for g in range(len(self.space.groups)) for level in self._swept(g)]
         cells = cells if self.start == "allocation" else []
         dense = Candidate(ratios=self.space.dense(), recovery="none")
@@ -282,23 +283,40 @@ class NetAdapt(Scripted):
         self._score = first.score
         if not cells:
             return None
+        return (yield from self._allocated(self._losses(first, dict(zip(cells, swept, strict=True)))))
+
+    def _allocated(self, losses: Sequence[Floats]) -> Conversation:
+        """The allocation that loses least after its recovery, measured: on the losses as they are, on those with a
+        charge on squared ratios, which evens what is cut, and one ratio for all groups. None where all that fails."""
         each = zip(self.budgets, self._dense, strict=True)
         targets = tuple(b.limit + (1 - self.start_at) * max(0.0, dense - b.limit) for b, dense in each)
+        starts: list[tuple[int, ...]] = []
         limits = [
             (form, target)
             for b, target in zip(self.budgets, targets, strict=True)
             for form in self.costs[b.cost].tables()
         ]
-        try:
-            levels = allocate(self._losses(first, dict(zip(cells, swept, strict=True))), limits).levels
-        except InfeasibleError:
-            return None
-        candidate = Candidate(ratios=self._ratios(levels), recovery=self.recovery, about={"round": 0})
-        trial, before = yield from self._measured(candidate, None)
-        if trial.error is not None:
-            return None
-        self._won(trial, levels, 0, targets, [t.number for t in swept], before)
-        return trial
+        with suppress(InfeasibleError):
+            for weight in (0.0, *EVENNESS):
+                starts.append(allocate(charged(self.space, losses, weight), limits).levels)
+        with suppress(InfeasibleError):
+            starts.append(evenly(self.space, lambda levels: self._affordable(levels, losses, targets)))
+        starts = list(dict.fromkeys(starts))
+        about = {"round": 0}
+        asked = [Candidate(ratios=self._ratios(n), recovery=self.recovery, about=about) for n in starts]
+        trials = (yield asked) if asked else ()
+        for made, levels in sorted(zip(trials, starts, strict=True), key=lambda pair: pair[0].loss):
+            if made.error is None:
+                trial, before = yield from self._measured(made.candidate, None)
+                if trial.error is None:
+                    self._won(trial, levels, 0, targets, [t.number for t in trials], before)
+                    return trial
+        return None
+
+    def _affordable(self, levels: Sequence[int], losses: Sequence[Floats], targets: Sequence[float]) -> bool:
+        """Whether these levels could be scored and are predicted to meet the targets."""
+        scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
+        return scored and self._excess(levels, targets) <= 0
 
     def _swept(self, group: int) -> list[int]:
         last = len(self.space.groups[group].levels) - 1

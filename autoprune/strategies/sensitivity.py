@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from autoprune.allocate import InfeasibleError, allocate, evenly
+from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -81,7 +81,7 @@ class Sensitivity(Scripted):
         seed: int = 0,
         sweep_levels: int = 7,
         refinements: int = 1,
-        evenness: Sequence[float] = (0.125, 0.25, 0.5),
+        evenness: Sequence[float] = EVENNESS,
         attempts: int = 4,
         recovery: Recovery = "short",
     ) -> None:
@@ -217,15 +217,10 @@ class Sensitivity(Scripted):
             for number, local in enumerate((yield from self._refined(self._allocated(losses), losses)), start=1):
                 kinds[f"refinement {number}"] = partial(self._allocated, local)
         kinds |= {
-            f"evenness {weight}": partial(self._allocated, self._charged(losses, weight)) for weight in self.evenness
+            f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
+            for weight in self.evenness
         }
         return kinds | {"one ratio": partial(self._even, losses)}
-
-    def _charged(self, losses: Sequence[Losses], weight: float) -> list[Losses]:
-        """Losses with a charge on ratios: quadratic, so that it spreads what is cut over the groups."""
-        deepest = [row[np.isfinite(row)][-1] for row in losses if np.isfinite(row[1:]).any()]
-        scale = weight * float(np.mean(deepest)) if deepest else 0.0
-        return [row + scale * np.square(g.levels) for g, row in zip(self.space.groups, losses, strict=True)]
 
     def _best_of(self, kinds: Kinds) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery] | None]:
         """The finalist that scores best after its recovery, or after the next lesser one where all fail; what leads to

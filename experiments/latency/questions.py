@@ -2,6 +2,8 @@
 
     strategies [SEEDS [BUDGET]]     sensitivity and netadapt against uniform at latency_47pct, the least that one ratio
                         can be held to here; 3 seeds: test accuracy, recalibrated and fine-tuned
+    finalists [BUDGET [SEED]]       what the sensitivity strategy chooses among: loss recalibrated only, after its short
+                        fine-tune, and after one epoch
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
     half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
     same                the same network against itself, 40 times: how often is one called faster?
@@ -28,9 +30,12 @@ from torch import nn
 import autoprune
 from autoprune.borrowing import seeded
 from autoprune.core import Task
+from autoprune.criteria import l1
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
-from autoprune.recover import FineTune, recalibrate
+from autoprune.prune import choose_units
+from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.space import trace
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -94,6 +99,32 @@ def apart(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> str:
     """The paired difference in points with its 95 % interval."""
     each = 100 * (ours.astype(float) - theirs.astype(float))
     return f"{each.mean():+.2f} ± {1.96 * each.std() / np.sqrt(len(each)):.2f}"
+
+
+def finalists(budget: str = BUDGET, seed: str = "0") -> None:
+    task, number = fashion_mnist_resnet20.make_task(data="shipped"), int(seed)
+    result = autoprune.search(task, budget=budget, seed=number, final=FineTune(epochs=0), tables=TABLES, cache=CACHE)
+    traced = trace(task.model, task.inputs)
+    importance = l1(task.model, traced.slices)
+    trials = result.trials[: next(t.number for t in result.trials if t.candidate.measure)]
+    for trial in (t for t in trials if "finalist" in t.candidate.about):
+        model = traced.cut(task.model, choose_units(result.space, importance, trial.candidate.ratios))
+        with seeded(number):
+            recalibrate(model, [batch for batch, _ in zip(task.train, range(4), strict=False)])
+            before = search_loss(model, task)
+            finetune(model, task.train, FineTune(epochs=1), loss=task.loss, lr=task.lr, teacher=task.model)
+        values: dict[str, Any] = {"budget": budget, "seed": number, "finalist": trial.candidate.about["finalist"]}
+        values |= {"recalibrated": before, "short": round(trial.loss, 4), "one_epoch": search_loss(model, task)}
+        append(HERE / "finalists.csv", values)
+
+
+def search_loss(model: nn.Module, task: Task) -> float:
+    """Mean loss over the search split."""
+    model.eval()
+    with torch.inference_mode():
+        losses = [(float(task.loss(model(x), y)), len(y)) for x, y in task.search]
+    values, sizes = zip(*losses, strict=True)
+    return round(float(np.average(values, weights=sizes)), 4)
 
 
 def calibrations() -> None:
@@ -179,5 +210,5 @@ def correct(model: nn.Module, task: Task) -> NDArray[np.bool_]:
 
 
 if __name__ == "__main__":
-    questions = {f.__name__: f for f in (strategies, calibrations, half, same, allocator, loaded)}
+    questions = {f.__name__: f for f in (strategies, finalists, calibrations, half, same, allocator, loaded)}
     questions[sys.argv[1]](*sys.argv[2:])
