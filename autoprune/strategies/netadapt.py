@@ -10,7 +10,9 @@ Deviations from the paper:
   in the paper).
 - rule="ratio": least loss of score per cost saved (Howard et al., MobileNetV3, ICCV 2019, section 4.2; the authors'
   public code); "accuracy" is the paper's rule. Equal scores are told apart by the loss.
-- start="allocation": rounds begin at the exact allocation of a sensitivity sweep, a part of the way to the budget.
+- start="allocation": rounds begin a part of the way to the budget, at the exact allocation of a sensitivity sweep that
+  loses least after its recovery. Allocations beyond the last winner, which cut several groups, are proposed beside the
+  cuts of one: where kernels have few steps, one group alone overshoots a target or is cut to the bone.
 - Units are ranked by the search's criterion on the dense network, not by the L2 norm of the current weights.
 - The winner alone is measured, and calibrates the cost models; the paper measures nothing but its layers beforehand.
   Far from the limits a glance will do, whose value the next round's target goes by and which calibrates nothing.
@@ -55,7 +57,8 @@ if TYPE_CHECKING:
 
 CLOSE = 0.05  # a winner predicted nearer to where it would matter is measured in earnest
 SWEPT = 4  # levels of each group that start="allocation" scores
-Step = tuple[int, int]  # a group and the level it is cut to
+SEVERAL = "several"  # instead of a group's name: a proposal that cuts more than one
+Levels = tuple[int, ...]
 Conversation = Generator[list[Candidate], Sequence[Trial], "Trial | None"]
 
 
@@ -117,6 +120,7 @@ class NetAdapt(Scripted):
         self.recovery: Recovery = recovery
         self.trace: tuple[Round, ...] = ()
         self._levels = (0,) * len(space.groups)  # of the last winner
+        self._sweep: list[Floats] | None = None  # loss increases [L] of each group, where they were asked for
         self._parent: int | None = None
         self._score = math.nan
         self._dense = tuple(self.costs[b.cost].predict(space.dense()) for b in self.budgets)
@@ -179,75 +183,81 @@ class NetAdapt(Scripted):
 
     def _round(self, number: int, targets: tuple[float, ...]) -> Conversation:
         """Lines 4-11: the measured winner; None where no group can be cut further or all that could be failed."""
-        dropped: set[int] = set()
+        dropped: set[str] = set()
         proposals: list[int] = []
-        while steps := self._steps(targets, dropped):
-            candidates = {step: self._candidate(self._moved(step), number, targets, step) for step in steps}
+        while cuts := self._cuts(targets, dropped):
+            candidates = {n: self._candidate(n, number, targets, name) for n, name in cuts.items()}
             before, after = yield from self._tried(candidates)
             proposals += [t.number for t in (*before.values(), *after.values())]
-            for step in self._ranked(after):
-                score = before[step].score if step in before else None
-                glance = self._on_the_way(number, self._predicted(self._moved(step), targets))
-                winner = replace(after[step].candidate, measure=True, glance=glance)
+            for levels in self._ranked(after):
+                score = before[levels].score if levels in before else None
+                glance = self._on_the_way(number, self._predicted(levels, targets))
+                winner = replace(after[levels].candidate, measure=True, glance=glance)
                 trial, probed = yield from self._measured(winner, score)
                 if trial.error is None:
-                    self._won(trial, self._moved(step), number, targets, proposals, probed)
+                    self._won(trial, levels, number, targets, proposals, probed)
                     return trial
-            dropped |= {group for group, _ in steps}
+            dropped |= set(cuts.values())
         return None
 
-    def _steps(self, targets: tuple[float, ...], dropped: set[int]) -> list[Step]:
-        """ChooseNumFilters: the least cut of each group that alone meets the targets; if none can, the nearest miss."""
-        groups = [g for g in range(len(self.space.groups)) if g not in dropped]
-        steps = []
+    def _cuts(self, targets: tuple[float, ...], dropped: set[str]) -> dict[Levels, str]:
+        """ChooseNumFilters: the least cut of each group that alone meets the targets, by the group's name, and after a
+        sweep cuts of several groups; if no cut can, the nearest miss of one group."""
+        names = [g.name for g in self.space.groups]
+        groups = [g for g, name in enumerate(names) if name not in dropped]
+        cuts: dict[Levels, str] = {}
         for g in groups:
-            deeper = range(self._levels[g] + 1, len(self.space.groups[g].levels))
-            reaching = (level for level in deeper if self._excess(self._moved((g, level)), targets) <= 0)
-            steps += [(g, level) for level in [next(reaching, None)] if level is not None]
-        if steps:
-            return steps
-        deepest = [(g, len(self.space.groups[g].levels) - 1) for g in groups]
-        left = [step for step in deepest if step[1] > self._levels[step[0]]]
-        return [min(left, key=lambda step: self._excess(self._moved(step), targets))] if left else []
+            deeper = (self._moved(g, level) for level in range(self._levels[g] + 1, len(self.space.groups[g].levels)))
+            reaching = (levels for levels in deeper if self._excess(levels, targets) <= 0)
+            cuts |= {levels: names[g] for levels in [next(reaching, None)] if levels is not None}
+        if SEVERAL not in dropped and self._sweep is not None:
+            for levels in self._allocations(self._sweep, targets, beyond=self._levels):
+                cuts.setdefault(levels, SEVERAL)
+        if cuts:
+            return cuts
+        deepest = {self._moved(g, len(self.space.groups[g].levels) - 1): names[g] for g in groups}
+        deepest.pop(self._levels, None)
+        nearest = min(deepest, key=lambda levels: self._excess(levels, targets), default=None)
+        return {} if nearest is None else {nearest: deepest[nearest]}
 
     def _tried(
-        self, candidates: Mapping[Step, Candidate]
-    ) -> Generator[list[Candidate], Sequence[Trial], tuple[dict[Step, Trial], dict[Step, Trial]]]:
+        self, candidates: Mapping[Levels, Candidate]
+    ) -> Generator[list[Candidate], Sequence[Trial], tuple[dict[Levels, Trial], dict[Levels, Trial]]]:
         """The proposals that succeeded: recalibrated only (none without screening), and recovered as was asked."""
-        before: dict[Step, Trial] = {}
+        before: dict[Levels, Trial] = {}
         order = list(candidates)
         if self.screen and self.recovery == "short":
-            before = yield from self._scored({s: replace(c, recovery="probe") for s, c in candidates.items()})
+            before = yield from self._scored({n: replace(c, recovery="probe") for n, c in candidates.items()})
             order = self._ranked(before)
         count = self.screen or len(order)
         for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
             for i in range(0, len(order), count):  # where the best all fail, the next best
-                best = {s: replace(candidates[s], recovery=recovery) for s in order[i : i + count]}
+                best = {n: replace(candidates[n], recovery=recovery) for n in order[i : i + count]}
                 if after := (yield from self._scored(best)):
                     return before, after
         return before, {}
 
     def _scored(
-        self, candidates: Mapping[Step, Candidate]
-    ) -> Generator[list[Candidate], Sequence[Trial], dict[Step, Trial]]:
+        self, candidates: Mapping[Levels, Candidate]
+    ) -> Generator[list[Candidate], Sequence[Trial], dict[Levels, Trial]]:
         trials = (yield list(candidates.values())) if candidates else []
-        return {step: t for step, t in zip(candidates, trials, strict=True) if t.error is None}
+        return {levels: t for levels, t in zip(candidates, trials, strict=True) if t.error is None}
 
-    def _ranked(self, trials: Mapping[Step, Trial]) -> list[Step]:
+    def _ranked(self, trials: Mapping[Levels, Trial]) -> list[Levels]:
         """PickHighestAccuracy: best first."""
 
-        def badness(step: Step) -> tuple[float, float]:
-            trial = trials[step]
+        def badness(levels: Levels) -> tuple[float, float]:
+            trial = trials[levels]
             if self.rule == "accuracy":
                 return -trial.score, trial.loss
-            return (self._score - trial.score) / self._saved(self._moved(step)), trial.loss
+            return (self._score - trial.score) / self._saved(levels), trial.loss
 
         return sorted(trials, key=badness)
 
     def _won(
         self,
         trial: Trial,
-        levels: tuple[int, ...],
+        levels: Levels,
         number: int,
         targets: tuple[float, ...],
         proposals: Sequence[int],
@@ -279,26 +289,18 @@ class NetAdapt(Scripted):
         cells = [(g, level) for g in range(len(self.space.groups)) for level in self._swept(g)]
         cells = cells if self.start == "allocation" else []
         dense = Candidate(ratios=self.space.dense(), recovery="none")
-        first, *swept = yield [dense, *(Candidate(ratios=self._ratios(self._moved(cell))) for cell in cells)]
+        first, *swept = yield [dense, *(Candidate(ratios=self._ratios(self._moved(*cell))) for cell in cells)]
         self._score = first.score
         if not cells:
             return None
-        return (yield from self._allocated(self._losses(first, dict(zip(cells, swept, strict=True)))))
+        self._sweep = self._losses(first, dict(zip(cells, swept, strict=True)))
+        return (yield from self._allocated(self._sweep))
 
     def _allocated(self, losses: Sequence[Floats]) -> Conversation:
-        """The allocation that loses least after its recovery, measured: on the losses as they are, on those with a
-        charge on squared ratios, which evens what is cut, and one ratio for all groups. None where all that fails."""
+        """The allocation that loses least after its recovery, measured; None where all fail."""
         each = zip(self.budgets, self._dense, strict=True)
         targets = tuple(b.limit + (1 - self.start_at) * max(0.0, dense - b.limit) for b, dense in each)
-        starts: list[tuple[int, ...]] = []
-        limits = [
-            (form, target)
-            for b, target in zip(self.budgets, targets, strict=True)
-            for form in self.costs[b.cost].tables()
-        ]
-        with suppress(InfeasibleError):
-            for weight in (0.0, *EVENNESS):
-                starts.append(allocate(charged(self.space, losses, weight), limits).levels)
+        starts = self._allocations(losses, targets)
         with suppress(InfeasibleError):
             starts.append(evenly(self.space, lambda levels: self._affordable(levels, losses, targets)))
         starts = list(dict.fromkeys(starts))
@@ -313,6 +315,23 @@ class NetAdapt(Scripted):
                     return trial
         return None
 
+    def _allocations(
+        self, losses: Sequence[Floats], targets: Sequence[float], *, beyond: Levels | None = None
+    ) -> list[Levels]:
+        """Exact allocations that meet the targets and keep no unit that the levels `beyond` have lost: on the losses as
+        they are, and on those with a charge on squared ratios, which evens what is cut."""
+        limits = []
+        for budget, target, scale in zip(self.budgets, targets, self._scales(targets), strict=True):
+            limits += [(form, target / scale) for form in self.costs[budget.cost].tables()]
+        found = []
+        with suppress(InfeasibleError):
+            for weight in (0.0, *EVENNESS):
+                rows = charged(self.space, losses, weight)
+                for row, level in zip(rows, beyond or (), strict=False):
+                    row[:level] = math.inf
+                found.append(allocate(rows, limits).levels)
+        return found
+
     def _affordable(self, levels: Sequence[int], losses: Sequence[Floats], targets: Sequence[float]) -> bool:
         """Whether these levels could be scored and are predicted to meet the targets."""
         scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
@@ -322,7 +341,7 @@ class NetAdapt(Scripted):
         last = len(self.space.groups[group].levels) - 1
         return sorted({math.ceil((i + 1) * last / SWEPT) for i in range(SWEPT)}) if last else []
 
-    def _losses(self, dense: Trial, swept: Mapping[Step, Trial]) -> list[Floats]:
+    def _losses(self, dense: Trial, swept: Mapping[tuple[int, int], Trial]) -> list[Floats]:
         """Rising loss increases over the dense network, [L] a group; infinite from the first level that failed."""
         rows = []
         for g, group in enumerate(self.space.groups):
@@ -342,12 +361,14 @@ class NetAdapt(Scripted):
     def _predicted(self, levels: Sequence[int], targets: Sequence[float]) -> tuple[float, ...]:
         """Every budgeted cost [B]: what would be measured going by the last winner's value; where the target is the
         limit, the upper end of that measurement."""
-        found = []
-        for budget, target, current in zip(self.budgets, targets, self._current, strict=True):
-            model = self.costs[budget.cost]
-            scale = 1.0 if target == budget.limit else current / model.predict(self._ratios(self._levels))
-            found.append(scale * model.predict(self._ratios(levels)))
-        return tuple(found)
+        predicted = (self.costs[b.cost].predict(self._ratios(levels)) for b in self.budgets)
+        return tuple(scale * p for scale, p in zip(self._scales(targets), predicted, strict=True))
+
+    def _scales(self, targets: Sequence[float]) -> tuple[float, ...]:
+        """What each budget's cost model [B] is to be multiplied by."""
+        each = zip(self.budgets, targets, self._current, strict=True)
+        here = self._ratios(self._levels)
+        return tuple(1.0 if t == b.limit else current / self.costs[b.cost].predict(here) for b, t, current in each)
 
     def _excess(self, levels: Sequence[int], targets: Sequence[float]) -> float:
         """By how much the worst budget's prediction exceeds its target, as a fraction of it; at most 0 if all meet."""
@@ -403,13 +424,12 @@ class NetAdapt(Scripted):
         trial, *probed = yield [replace(candidate, measure=True), *(replace(c, measure=False) for c in probe)]
         return trial, probed[0].score if probed and probed[0].error is None else before
 
-    def _candidate(self, levels: tuple[int, ...], number: int, targets: Sequence[float], step: Step) -> Candidate:
-        about: dict[str, float | str] = {"round": number, "group": self.space.groups[step[0]].name}
+    def _candidate(self, levels: Levels, number: int, targets: Sequence[float], group: str) -> Candidate:
+        about: dict[str, float | str] = {"round": number, "group": group}
         about |= {f"target {b.cost}": target for b, target in zip(self.budgets, targets, strict=True)}
         return Candidate(ratios=self._ratios(levels), recovery=self.recovery, parent=self._parent, about=about)
 
-    def _moved(self, step: Step) -> tuple[int, ...]:
-        group, level = step
+    def _moved(self, group: int, level: int) -> Levels:
         return (*self._levels[:group], level, *self._levels[group + 1 :])
 
     def _deepest(self) -> tuple[int, ...]:
