@@ -35,18 +35,28 @@ class TestNetAdapt(StrategyContract):
     def make(
         self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
     ) -> Strategy:
-        return NetAdapt(space, budgets, costs, seed=seed)
+        return NetAdapt(space, budgets, costs, seed=seed, start="dense")
 
 
 class TestNetAdaptFromAnAllocation(StrategyContract):
     def make(
         self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
     ) -> Strategy:
-        return NetAdapt(space, budgets, costs, seed=seed, start="allocation", rule="ratio", screen=0)
+        return NetAdapt(space, budgets, costs, seed=seed)
 
 
-def played(world: World, evaluate: Any = None, **settings: Any) -> tuple[NetAdapt, tuple[Trial, ...]]:
-    strategy = NetAdapt(world.space, world.budgets, world.costs, **settings)
+class TestNetAdaptByRatio(StrategyContract):
+    def make(
+        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
+    ) -> Strategy:
+        return NetAdapt(space, budgets, costs, seed=seed, rule="ratio", screen=0, start_at=0.5)
+
+
+def played(
+    world: World, evaluate: Any = None, start: Literal["dense", "allocation"] = "dense", **settings: Any
+) -> tuple[NetAdapt, tuple[Trial, ...]]:
+    """As in the paper where nothing else is said."""
+    strategy = NetAdapt(world.space, world.budgets, world.costs, start=start, **settings)
     return strategy, search(strategy, evaluate or world.evaluate, lambda trial: None)
 
 
@@ -98,7 +108,7 @@ def test_two_budgets_have_a_target_each() -> None:
     world = World(3)
     budget = world.budgets[0]
     loose = Budget("macs", 1.2 * budget.limit, "MACs")
-    strategy = NetAdapt(world.space, (budget, loose), world.costs)
+    strategy = NetAdapt(world.space, (budget, loose), world.costs, start="dense")
     world.play(strategy)
     first, last = strategy.trace[0].targets, strategy.trace[-1].targets
     assert first[0] == first[1] > loose.limit
@@ -112,7 +122,7 @@ def test_two_budgets_have_a_target_each() -> None:
 def test_a_schedule_that_falls_short_is_refused(settings: dict[str, float], reaches: str) -> None:
     world = World(0, limit=0.3, bias=0.0)
     with pytest.raises(InputError) as caught:
-        NetAdapt(world.space, world.budgets, world.costs, **settings)  # type: ignore[arg-type]
+        NetAdapt(world.space, world.budgets, world.costs, **({"start": "dense"} | settings))  # type: ignore[arg-type]
     assert f"reduce macs by {reaches} of the dense network's in all, and 70 % must go" in str(caught.value)
     wanted = float(str(caught.value).split("at least ")[1].split(",")[0])
     found, _ = played(world, **(settings | {"initial": wanted}))
@@ -370,11 +380,33 @@ def test_an_allocation_saves_rounds() -> None:
     assert trials[allocated.trace[1].winner].candidate.parent == allocated.trace[0].winner
 
 
+def test_after_a_sweep_cuts_of_several_groups_compete() -> None:
+    """Allocations beyond the last winner: they meet the round's target, and one wins where it scores best."""
+    world = World(3, levels=15)
+    strategy, trials = played(world, start="allocation", start_at=0.5, screen=0)
+    several = [t for t in trials if t.candidate.about.get("group") == "several"]
+    for trial in several:
+        parent = trials[trial.candidate.parent or 0].candidate.ratios
+        assert sum(a != b for a, b in zip(trial.candidate.ratios, parent, strict=True)) > 1
+        assert trial.costs["macs"].value <= float(trial.candidate.about["target macs"]) * (1 + world._bias + 1e-9)
+    compared = [[trials[n] for n in made.proposals] for made in strategy.trace]
+    assert all(any(t in several for t in proposals) for proposals in compared[1:])
+    assert any(trials[made.winner].candidate.about["group"] == "several" for made in strategy.trace[1:])
+
+
+def test_a_warm_start_is_the_allocation_that_recovers_best() -> None:
+    world = World(3, levels=15)
+    strategy, trials = played(world, start="allocation")
+    compared = [trials[n] for n in strategy.trace[0].proposals]
+    assert len(compared) > 2
+    assert trials[strategy.trace[0].winner].loss == min(t.loss for t in compared)
+
+
 # -------------------------------------------------------------------------------------------------------- real searches
 
 
 def netadapt(**settings: Any) -> dict[str, Any]:
-    return {"_target_": "autoprune.strategies.netadapt.NetAdapt", "initial": 0.15, "screen": 2} | settings
+    return {"_target_": "autoprune.strategies.netadapt.NetAdapt", "initial": 0.15, "screen": 2, "start": "dense"} | settings
 
 
 @pytest.fixture(scope="module")

@@ -107,8 +107,8 @@ class NetAdapt(Scripted):
         decay: float = 0.98,
         rule: Literal["accuracy", "ratio"] = "accuracy",
         screen: int = 3,
-        start: Literal["dense", "allocation"] = "dense",
-        start_at: float = 0.5,
+        start: Literal["dense", "allocation"] = "allocation",
+        start_at: float = 0.8,
         attempts: int = 4,
         recovery: Recovery = "short",
     ) -> None:
