@@ -20,7 +20,7 @@ from autoprune.criteria import Criterion
 from autoprune.prune import RatioTable
 from autoprune.recover import FineTune, finetune, recalibrate
 
-FINAL = FineTune(epochs=4)
+FINAL = FineTune(epochs=3)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import yaml
 
 from autoprune import cli, components
 from autoprune.evaluate import Scoring
+from autoprune.final import FINAL
 from autoprune.meters.device import Device
 from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
@@ -63,7 +64,7 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     scoring = Scoring()
     assert (evaluator["images"], evaluator["recalibration"]) == (scoring.images, scoring.recalibration)
     assert FineTune(**evaluator["short"]) == scoring.short
-    assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FineTune(epochs=4)
+    assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
     search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
     assert search["space"] == dataclasses.asdict(Space())
     assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}

@@ -119,10 +119,10 @@ def test_two_budgets_have_a_target_each() -> None:
     ("settings", "reaches"),
     [({"initial": 0.02, "decay": 0.95}, "40 %"), ({"initial": 0.01, "decay": 0.98}, "50 %")],
 )
-def test_a_schedule_that_falls_short_is_refused(settings: dict[str, float], reaches: str) -> None:
+def test_a_schedule_that_falls_short_is_refused(settings: dict[str, Any], reaches: str) -> None:
     world = World(0, limit=0.3, bias=0.0)
     with pytest.raises(InputError) as caught:
-        NetAdapt(world.space, world.budgets, world.costs, **({"start": "dense"} | settings))  # type: ignore[arg-type]
+        NetAdapt(world.space, world.budgets, world.costs, **({"start": "dense"} | settings))
     assert f"reduce macs by {reaches} of the dense network's in all, and 70 % must go" in str(caught.value)
     wanted = float(str(caught.value).split("at least ")[1].split(",")[0])
     found, _ = played(world, **(settings | {"initial": wanted}))
@@ -131,7 +131,7 @@ def test_a_schedule_that_falls_short_is_refused(settings: dict[str, float], reac
 
 def test_from_an_allocation_less_is_left_to_reduce() -> None:
     world = World(0, limit=0.5, bias=0.0)
-    short = {"initial": 0.02, "decay": 0.93}  # 28 % in all
+    short: dict[str, Any] = {"initial": 0.02, "decay": 0.93}  # 28 % in all
     with pytest.raises(InputError, match=r"28.57 %"):
         played(world, **short)
     _, trials = played(world, start="allocation", **short)
@@ -406,7 +406,12 @@ def test_a_warm_start_is_the_allocation_that_recovers_best() -> None:
 
 
 def netadapt(**settings: Any) -> dict[str, Any]:
-    return {"_target_": "autoprune.strategies.netadapt.NetAdapt", "initial": 0.15, "screen": 2, "start": "dense"} | settings
+    return {
+        "_target_": "autoprune.strategies.netadapt.NetAdapt",
+        "initial": 0.15,
+        "screen": 2,
+        "start": "dense",
+    } | settings
 
 
 @pytest.fixture(scope="module")

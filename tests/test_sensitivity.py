@@ -130,6 +130,27 @@ def test_after_a_missed_limit_only_what_led_is_solved_again() -> None:
     assert answer(trials).costs["macs"].value <= tight[0].limit
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.08])
+def test_after_a_missed_limit_the_next_answer_is_aimed_below_it_by_a_part_of_the_noise(noise: float) -> None:
+    world = World(4, bias=0.0)
+    limit = 0.97 * world.budgets[0].limit
+
+    def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
+        for trial in world.evaluate(batch):
+            cost = trial.costs["macs"]
+            if trial.candidate.measure:
+                cost = dataclasses.replace(cost, low=(1 - noise) * cost.value, high=(1 + noise) * 1.01 * cost.value)
+            yield dataclasses.replace(trial, costs={"macs": cost})
+
+    strategy = Sensitivity(world.space, (dataclasses.replace(world.budgets[0], limit=limit),), world.costs)
+    trials = search(strategy, evaluate, lambda trial: None)
+    first, second, *_ = (t.costs["macs"] for t in trials if t.candidate.measure)
+    assert first.high > limit
+    assert second.high <= limit
+    aim = 1 - 0.25 * ((1 + noise) * 1.01 - (1 - noise)) / 2
+    assert second.value <= aim * limit / ((1 + noise) * 1.01) * (1 + 1e-9)
+
+
 def test_finalists_that_fail_are_passed_over() -> None:
     """All fail where anything is trained: they are compared as they are after recalibration."""
     world = World(4, bias=0.0)

@@ -37,6 +37,7 @@ from autoprune.core import (
     Candidate,
     CostModel,
     InputError,
+    Measurement,
     PruningSpace,
     Recovery,
     Scripted,
@@ -48,6 +49,7 @@ from autoprune.core import (
 Losses = NDArray[np.float64]
 Levels = tuple[int, ...]
 Kinds = Mapping[str, "Callable[[], Levels]"]  # of finalists: how each is allocated under the costs as calibrated
+AIM = 0.25  # of a missed measurement's half width: so far below the limit the next answer is aimed
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
@@ -95,6 +97,7 @@ class Sensitivity(Scripted):
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
         self.evenness = tuple(evenness)
+        self._aims = {b.cost: 1.0 for b in self.budgets}  # what share of its limit an allocation may take
         self._leading: Kinds = {}  # to the best two finalists so far
         self._inside: dict[Levels, bool] = {}  # what was measured: whether it kept the budgets
         self._recovered: dict[tuple[Levels, Recovery], Trial] = {}
@@ -121,6 +124,8 @@ class Sensitivity(Scripted):
                 if trial.error or not self._worth_another(trial):
                     return
                 self._inside[answer] = all_met(self.budgets, trial.costs) is True
+                if not self._inside[answer]:
+                    self._aims = {name: 1 - AIM * _half_width(trial.costs[name]) for name in self._aims}
                 self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
         except InfeasibleError:
             yield from self._measured(smallest)
@@ -167,7 +172,7 @@ class Sensitivity(Scripted):
         return losses
 
     def _allocated(self, losses: Sequence[Losses]) -> Levels:
-        limits = [(form, b.limit) for b in self.budgets for form in self.costs[b.cost].tables()]
+        limits = [(form, b.limit * self._aims[b.cost]) for b in self.budgets for form in self.costs[b.cost].tables()]
         return allocate(losses, limits).levels
 
     def _even(self, losses: Sequence[Losses]) -> Levels:
@@ -176,7 +181,9 @@ class Sensitivity(Scripted):
         def keeps(levels: Levels) -> bool:
             ratios = self._ratios(levels)
             scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
-            return scored and all(self.costs[b.cost].predict(ratios) <= b.limit for b in self.budgets)
+            return scored and all(
+                self.costs[b.cost].predict(ratios) <= b.limit * self._aims[b.cost] for b in self.budgets
+            )
 
         return evenly(self.space, keeps)
 
@@ -304,6 +311,11 @@ class Sensitivity(Scripted):
 
     def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
         return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
+
+
+def _half_width(measured: Measurement) -> float:
+    """Of its interval, as a fraction of the value; 0 of a count."""
+    return (measured.high - measured.low) / 2 / measured.value
 
 
 def _check_weights(evenness: Sequence[float]) -> None:

@@ -18,7 +18,7 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
 def make_task(
-    *, data: str | None = None, checkpoint: str | None = None, batch: int = 50, batch_size: int = 128
+    *, data: str | None = None, checkpoint: str | None = None, batch: int = 44, batch_size: int = 128
 ) -> Task:
     """The default task.
 

@@ -27,12 +27,18 @@ NETADAPT = {"_target_": "autoprune.strategies.netadapt.NetAdapt"}
 OPTIONS: dict[str, str | dict[str, Any]] = {
     "uniform": "uniform",
     "sensitivity": "sensitivity",
-    "paper: all proposals fine-tuned": {**NETADAPT, "screen": 0},
-    "default: screen=3": NETADAPT,
-    "screen=1": {**NETADAPT, "screen": 1},
-    "rule=ratio": {**NETADAPT, "rule": "ratio"},
-    "start=allocation": {**NETADAPT, "start": "allocation"},
-    "larger steps early: initial=0.1 decay=0.9": {**NETADAPT, "initial": 0.1, "decay": 0.9},
+    "the paper's way: start=dense, screen=0": {**NETADAPT, "start": "dense", "screen": 0},
+    "start=dense": {**NETADAPT, "start": "dense"},
+    "start=dense, screen=1": {**NETADAPT, "start": "dense", "screen": 1},
+    "start=dense, rule=ratio": {**NETADAPT, "start": "dense", "rule": "ratio"},
+    "start=dense, larger steps early: initial=0.1 decay=0.9": {
+        **NETADAPT,
+        "start": "dense",
+        "initial": 0.1,
+        "decay": 0.9,
+    },
+    "default: start=allocation, start_at=0.8": NETADAPT,
+    "start=allocation, start_at=0.5": {**NETADAPT, "start_at": 0.5},
 }
 
 
