@@ -35,7 +35,9 @@ class Costs:
 
     traced: the model with the levels that the costs make worth having. dense, meters, models: by the cost's name.
     limits: the budgets in the costs' own units. table: the device's cost table where latency is measured. margins: of
-    each cost that is measured, the fraction of its limit that the next measurement may differ by.
+    each cost that is measured, the fraction of its limit that the next measurement may differ by. aimed: models that
+    strategies begin with; of a latency in ms they predict the upper end of the interval, which the dense network's
+    tells beforehand.
     """
 
     traced: TracedModel
@@ -43,6 +45,7 @@ class Costs:
     meters: Mapping[str, Meter]
     models: Mapping[str, CostModel]
     limits: tuple[Budget, ...]
+    aimed: Mapping[str, CostModel]
     table: CostTable | None = None
     margins: Mapping[str, float] = field(default_factory=dict)
 
@@ -139,8 +142,11 @@ def priced(
         meters["latency_ms"] = meter.beside(Reference(task.model, table.dense, "latency_ms" in relative))
         traced = _on_stairs(traced, table, levels, round_to, even=len(limited) > 1)
     models: dict[str, CostModel] = counted_models(task, traced, dense)
+    aimed: dict[str, CostModel] = {}
     if table is not None:
-        models["latency_ms"] = table.cost(traced.space)
+        models["latency_ms"] = cost = table.cost(traced.space)
+        if "latency_ms" not in relative:
+            aimed["latency_ms"] = cost.anchored(table.dense.high)
     once = _Once(task, traced, device, tables, seed, progress)
     if "rss_mb" in limited:
         dense["rss_mb"], meters["rss_mb"], models["rss_mb"] = _resident(once)
@@ -152,6 +158,7 @@ def priced(
         dense=dense,
         meters=meters,
         models=models,
+        aimed=models | aimed,
         limits=tuple(b.resolve(dense) for b in budgets),
         table=table,
         margins={c: _margin(c, dense[c], device, c in relative) for c in limited if dense[c].kind == "measured"},

@@ -135,7 +135,7 @@ def search(
     )
     found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
     if found is None:
-        limited = {n: prices.models[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
+        limited = {n: prices.aimed[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
         planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)

@@ -296,4 +296,4 @@ def whole_costs() -> Costs:
     plain = make_task()
     limits = (Budget("macs", 100.0, "MACs"), Budget("latency_ms", 20.0, "ms"))
     traced = trace(plain.model, plain.inputs)
-    return Costs(traced=traced, dense={}, meters={}, models={}, limits=limits, margins={"latency_ms": 0.1})
+    return Costs(traced=traced, dense={}, meters={}, models={}, aimed={}, limits=limits, margins={"latency_ms": 0.1})

@@ -3,7 +3,7 @@
 One process's interval is false precision: medians of fresh processes differ by percents while each claims tenths. So a
 verdict pools the passes of several fresh processes; its 95 % interval is bootstrapped over processes and, within them,
 passes (Davison & Hinkley 1997, section 3.8), stretched by Student's t because a percentile bootstrap of so few
-processes is too narrow. Processes are added while the interval is wider than asked for.
+processes is too narrow. Processes are added while the interval, or that of the ratio below, is wider than asked for.
 
 Machines have a pace: neighbours on the same processor slow every program for seconds or minutes, CPU time included. In
 a search every network is therefore timed beside the dense one, block by block: their ratio is free of the pace (duet
@@ -140,8 +140,9 @@ class Latency:
         return quiet_readings(self.device, lambda ordinal: self._reading(blobs, ordinal), self._found)
 
     def _found(self, processes: Sequence[Mapping[str, Any]]) -> Interval:
-        """What more processes make narrower."""
-        if self.reference is not None and self.reference.relative:
+        """What more processes make narrower: of a network beside another the ratio, as its milliseconds are as wide as
+        the machine's pace."""
+        if self.reference is not None:
             return self._ratio(processes, "wall_ms", "wall_ms")
         return self._clocked(processes, 0, undisturbed=True)
 
