@@ -188,7 +188,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
-    assert {"search": "epochs: 4", "profile": "held_out: 30", "finetune": "epochs: 4"}.get(command, "RUN_DIR") in out
+    assert {"search": "epochs: 3", "profile": "held_out: 30", "finetune": "epochs: 3"}.get(command, "RUN_DIR") in out
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -283,6 +283,35 @@ def test_what_was_disturbed_is_measured_again(tmp_path: Path) -> None:
     assert [(t.number, t.costs["latency_ms"].value) for t in study.trials()] == [(0, 9.0), (1, 9.5)]
 
 
+def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(folder: Path) -> None:
+    """By as much as the dense network's interval reaches above its value; a ratio is spared the pace."""
+    from autoprune.costs import priced
+    from autoprune.meters.energy import Constants
+    from autoprune.space import trace
+
+    here = task()
+    for text, absolute in (("latency_1ms", True), ("latency_50pct", False)):
+        prices = priced(
+            here,
+            trace(here.model, here.inputs),
+            (Budget.parse(text),),
+            device=DEVICE,
+            plan=Profile(networks=16, held_out=5),
+            tables=folder / "tables",
+            levels=16,
+            round_to=1,
+            seed=0,
+            readings=None,
+            constants=Constants(),
+            progress=Silent(),
+        )
+        dense = prices.dense["latency_ms"]
+        whole = prices.traced.space.dense()
+        assert prices.models["latency_ms"].predict(whole) == pytest.approx(dense.value)
+        expected = dense.high if absolute else dense.value
+        assert prices.aimed["latency_ms"].predict(whole) == pytest.approx(expected)
+
+
 def test_strategies_aim_below_a_measured_limit_only(whole_costs: Costs) -> None:
     macs, latency = whole_costs.steered
     assert macs.limit == 100.0

@@ -296,7 +296,7 @@ def test_a_search_survives_a_loss_within_a_round(server: Server, tmp_path: Path,
         result = autoprune.search(
             task,
             budget="latency_80pct",
-            strategy="netadapt",
+            strategy={"_target_": "autoprune.strategies.netadapt.NetAdapt", "start": "dense"},
             device=server.device(limit_s=60.0),
             profile=Profile(networks=12, held_out=4),
             tables=tmp_path,
