@@ -60,9 +60,13 @@ def charged(space: PruningSpace, losses: Sequence[Floats], weight: float) -> lis
     return [row + scale * np.square(g.levels) for g, row in zip(space.groups, losses, strict=True)]
 
 
-def evenly(space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool]) -> tuple[int, ...]:
+def evenly(
+    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
+) -> tuple[int, ...]:
     """The baseline: level indices nearest above one common ratio, the least that `keeps` every limit; a group that has
     no such level gives its deepest.
+
+    losses: [L] a group, as of `allocate`: an infinite entry is a level that may not be taken.
 
     Raises:
         InfeasibleError: no common ratio does.
@@ -70,7 +74,7 @@ def evenly(space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool]) -> tup
     for common in sorted({level for group in space.groups for level in group.levels}):
         each = ((i for i, ratio in enumerate(g.levels) if ratio >= common) for g in space.groups)
         levels = tuple(next(i, len(g.levels) - 1) for i, g in zip(each, space.groups, strict=True))
-        if keeps(levels):
+        if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
             return levels
     raise InfeasibleError
 

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -200,6 +201,25 @@ def test_a_verdict_holds_at_either_pace() -> None:
     assert 5 * now.value < found.value < 20 * now.value
     assert found.high > 50 * now.value
     assert "in the cost table" in " ".join(found.notes)
+
+
+@pytest.mark.parametrize(("noise", "processes"), [(0.0, 5), (0.2, 10)])
+def test_processes_are_added_for_a_wide_ratio_and_not_for_the_pace(
+    noise: float, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine's pace differs by half from one process to the next, which no number of them makes narrower."""
+    rng = np.random.default_rng(0)
+
+    def reading(*_: object) -> dict[str, Any]:
+        pace = float(rng.uniform(20, 30))
+        rows = [pace * share * np.ones(12) for share in (0.5 * float(np.exp(rng.normal(0, noise))), 1.0)]
+        return {"rows": [{"wall_ms": list(row), "cpu_ms": list(row)} for row in rows], "block": 3}
+
+    meter = Latency(Device()).beside(Reference(nn.Identity(), Measurement.exact(25.0, "ms", "measured"), False))
+    monkeypatch.setattr(meter, "_reading", reading)
+    taken, undisturbed = meter._processes([])
+    assert undisturbed
+    assert len(taken) == processes
 
 
 def simulated(rng: np.random.Generator, processes: int, spread: float) -> list[NDArray[np.float64]]:

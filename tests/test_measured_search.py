@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,10 @@ from test_run import QUICK, searched
 from tiny import make_task
 
 from autoprune import report
-from autoprune.core import Budget, Candidate, InputError, Measurement, Silent, Task, Trial
+from autoprune.core import Budget, Candidate, CostModel, InputError, Measurement, PruningSpace, Silent, Task, Trial
 from autoprune.costs import Costs
 from autoprune.meters.device import Device, MeasuringError
-from autoprune.meters.profile import Profile
+from autoprune.meters.profile import CostTable, Profile
 from autoprune.result import Result
 from autoprune.run import _best, _settled
 from autoprune.verdict import _measured
@@ -283,33 +285,25 @@ def test_what_was_disturbed_is_measured_again(tmp_path: Path) -> None:
     assert [(t.number, t.costs["latency_ms"].value) for t in study.trials()] == [(0, 9.0), (1, 9.5)]
 
 
-def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(folder: Path) -> None:
-    """By as much as the dense network's interval reaches above its value; a ratio is spared the pace."""
-    from autoprune.costs import priced
-    from autoprune.meters.energy import Constants
-    from autoprune.space import trace
+class SaysWhatDenseTakes:
+    """Fake: refuses, with what the cost model it is given predicts of the dense network."""
 
-    here = task()
-    for text, absolute in (("latency_1ms", True), ("latency_50pct", False)):
-        prices = priced(
-            here,
-            trace(here.model, here.inputs),
-            (Budget.parse(text),),
-            device=DEVICE,
-            plan=Profile(networks=16, held_out=5),
-            tables=folder / "tables",
-            levels=16,
-            round_to=1,
-            seed=0,
-            readings=None,
-            constants=Constants(),
-            progress=Silent(),
-        )
-        dense = prices.dense["latency_ms"]
-        whole = prices.traced.space.dense()
-        assert prices.models["latency_ms"].predict(whole) == pytest.approx(dense.value)
-        expected = dense.high if absolute else dense.value
-        assert prices.aimed["latency_ms"].predict(whole) == pytest.approx(expected)
+    def __init__(self, space: PruningSpace, budgets: Any, costs: Mapping[str, CostModel], *, seed: int) -> None:
+        if costs:
+            raise InputError(repr(float(costs["latency_ms"].predict(space.dense()))))
+
+
+@pytest.mark.parametrize(("budget", "absolute"), [("latency_0.01ms", True), ("latency_50pct", False)])
+def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(
+    folder: Path, budget: str, absolute: bool
+) -> None:
+    """By as much as the dense network's interval reaches above its value; a ratio is spared the pace."""
+    with pytest.raises(InputError) as said:
+        measured_search(folder, budget=budget, strategy={"_target_": f"{__name__}.SaysWhatDenseTakes"})
+    (path,) = (folder / "tables").iterdir()
+    table = CostTable.from_json(json.loads(path.read_text()))
+    assert table.dense.high > table.dense.value
+    assert float(str(said.value)) == pytest.approx(table.dense.high if absolute else table.dense.value)
 
 
 def test_strategies_aim_below_a_measured_limit_only(whole_costs: Costs) -> None:

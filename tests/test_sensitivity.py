@@ -125,9 +125,18 @@ def test_after_a_missed_limit_only_what_led_is_solved_again() -> None:
     assert others, "the first answer exceeded the limit"
     assert len(finalists(trials[:first])) > 3
     assert len(finalists(trials[first : others[0]])) <= 2
-    asked = [(t.candidate.ratios, t.candidate.recovery) for t in finalists(trials)]
-    assert len(asked) == len(set(asked)), "no finalist is trained twice"
     assert answer(trials).costs["macs"].value <= tight[0].limit
+
+
+def test_no_finalist_is_trained_twice() -> None:
+    """Whatever is solved again after a missed limit; in some of these worlds a finalist comes back."""
+    for seed in range(8):
+        world = World(seed, bias=0.1, levels=4)
+        tight = (dataclasses.replace(world.budgets[0], limit=world.budgets[0].limit / 1.09),)
+        strategy = Sensitivity(world.space, tight, world.costs, refinements=0)
+        trials = search(strategy, deep_cuts_recover_least(world), lambda trial: None)
+        asked = [(t.candidate.ratios, t.candidate.recovery) for t in finalists(trials)]
+        assert len(asked) == len(set(asked)), f"world {seed}"
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.08])

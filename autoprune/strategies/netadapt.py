@@ -302,7 +302,7 @@ class NetAdapt(Scripted):
         targets = tuple(b.limit + (1 - self.start_at) * max(0.0, dense - b.limit) for b, dense in each)
         starts = self._allocations(losses, targets)
         with suppress(InfeasibleError):
-            starts.append(evenly(self.space, lambda levels: self._affordable(levels, losses, targets)))
+            starts.append(evenly(self.space, lambda levels: self._excess(levels, targets) <= 0, losses))
         starts = list(dict.fromkeys(starts))
         about = {"round": 0}
         asked = [Candidate(ratios=self._ratios(n), recovery=self.recovery, about=about) for n in starts]
@@ -331,11 +331,6 @@ class NetAdapt(Scripted):
                     row[:level] = math.inf
                 found.append(allocate(rows, limits).levels)
         return found
-
-    def _affordable(self, levels: Sequence[int], losses: Sequence[Floats], targets: Sequence[float]) -> bool:
-        """Whether these levels could be scored and are predicted to meet the targets."""
-        scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
-        return scored and self._excess(levels, targets) <= 0
 
     def _swept(self, group: int) -> list[int]:
         last = len(self.space.groups[group].levels) - 1

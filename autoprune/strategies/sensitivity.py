@@ -175,17 +175,9 @@ class Sensitivity(Scripted):
         limits = [(form, b.limit * self._aims[b.cost]) for b in self.budgets for form in self.costs[b.cost].tables()]
         return allocate(losses, limits).levels
 
-    def _even(self, losses: Sequence[Losses]) -> Levels:
-        """One ratio for all groups, at levels that could be scored."""
-
-        def keeps(levels: Levels) -> bool:
-            ratios = self._ratios(levels)
-            scored = all(math.isfinite(row[i]) for row, i in zip(losses, levels, strict=True))
-            return scored and all(
-                self.costs[b.cost].predict(ratios) <= b.limit * self._aims[b.cost] for b in self.budgets
-            )
-
-        return evenly(self.space, keeps)
+    def _keeps(self, levels: Levels) -> bool:
+        ratios = self._ratios(levels)
+        return all(self.costs[b.cost].predict(ratios) <= b.limit * self._aims[b.cost] for b in self.budgets)
 
     # ------------------------------------------------------------------------------------------------- refinement
 
@@ -227,7 +219,7 @@ class Sensitivity(Scripted):
             f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
             for weight in self.evenness
         }
-        return kinds | {"one ratio": partial(self._even, losses)}
+        return kinds | {"one ratio": partial(evenly, self.space, self._keeps, losses)}
 
     def _best_of(self, kinds: Kinds) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery] | None]:
         """The finalist that scores best after its recovery, or after the next lesser one where all fail; what leads to

@@ -1,7 +1,7 @@
 """Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
-    strategies [SEEDS]  sensitivity and netadapt against uniform at the same measured latency, 3 seeds: test accuracy,
-                        recalibrated and fine-tuned
+    strategies [SEEDS [STRATEGIES]] uniform,sensitivity,netadapt (or some of them, uniform first) at the same measured
+                        latency, 3 seeds: test accuracy, recalibrated and fine-tuned
     finalists [BUDGET [SEED]]       what the sensitivity strategy chooses among: loss recalibrated only, after its short
                         fine-tune, and after one epoch
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
@@ -50,7 +50,7 @@ EPOCHS = 3  # of its final fine-tunes
 BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
 
 
-def strategies(count: str = "3") -> None:
+def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt") -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     dense = correct(task.model, task)
     print(
@@ -58,7 +58,7 @@ def strategies(count: str = "3") -> None:
     )
     for seed in range(int(count)):
         base = None
-        for strategy in BUDGETS:
+        for strategy in names.split(","):
             file = HERE / f"strategies_{seed}_{strategy}.npz"
             if not file.exists():
                 np.savez_compressed(file, **_searched(task, strategy, seed))
