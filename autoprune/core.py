@@ -29,6 +29,14 @@ class InputError(ValueError):
     """What the user gave breaks a rule. The message is one line: the rule, the value, the place, the way out."""
 
 
+def check_rules(place: str, rules: Mapping[str, bool], given: Mapping[str, object]) -> None:
+    """Raises InputError for the first rule that is not kept; of its words the first that was given is what is wrong."""
+    for rule, kept in rules.items():
+        if not kept:
+            name = next(word for word in rule.replace(",", " ").split() if word in given)
+            raise InputError(f"{place}: {rule}{' must hold' * ('must' not in rule)}, got {name}={given[name]}")
+
+
 class DeviceLostError(RuntimeError):
     """The device that costs are measured on was lost and could not be reached again: nothing more can be decided, and
     what was scored is kept."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.borrowing import arguments, to_device
-from autoprune.core import InputError
+from autoprune.core import InputError, check_rules
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
@@ -65,10 +65,7 @@ class FineTune:
             "0 <= teach <= 1": 0 <= self.teach <= 1,
             "temperature > 0": self.temperature > 0,
         }
-        for rule, kept in rules.items():
-            if not kept:
-                name = next(word for word in rule.split() if word.isidentifier())
-                raise InputError(f"fine-tune: {rule} must hold, got {name}={getattr(self, name)}")
+        check_rules("fine-tune", rules, vars(self))
 
 
 def finetune(

@@ -143,9 +143,9 @@ def test_from_an_allocation_less_is_left_to_reduce() -> None:
     [
         ({"initial": 0.0}, "0 < initial < 1 must hold, got initial=0.0"),
         ({"decay": 1.1}, "0 < decay <= 1 must hold, got decay=1.1"),
-        ({"rule": "best"}, "rule must be accuracy or ratio must hold, got rule=best"),
+        ({"rule": "best"}, "rule must be accuracy or ratio, got rule=best"),
         ({"screen": -1}, "screen >= 0 must hold, got screen=-1"),
-        ({"start": "warm"}, "start must be dense or allocation must hold, got start=warm"),
+        ({"start": "warm"}, "start must be dense or allocation, got start=warm"),
         ({"start_at": 1.0}, "0 < start_at < 1 must hold, got start_at=1.0"),
         ({"attempts": 0}, "attempts >= 1 must hold, got attempts=0"),
         ({"recovery": "long"}, "recovery must be one of"),

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from autoprune.core import DeviceLostError, InputError
+from autoprune.core import DeviceLostError, InputError, check_rules
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
@@ -95,10 +95,7 @@ class Device:
             "repeats >= 0": self.repeats >= 0,
             "reconnects >= 0": self.reconnects >= 0,
         }
-        for rule, kept in rules.items():
-            if not kept:
-                name = rule.split()[0]
-                raise InputError(f"device={self.name}: {rule} must hold, got {name}={getattr(self, name)}")
+        check_rules(f"device={self.name}", rules, vars(self))
         if self.runtime not in RUNTIMES:
             raise InputError(f"device={self.name}: runtime must be one of {', '.join(RUNTIMES)}, got '{self.runtime}'")
         if self.statistic not in QUANTILES:
