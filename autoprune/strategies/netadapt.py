@@ -35,8 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
+from autoprune import sweep
 from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly
 from autoprune.core import (
     RECOVERIES,
@@ -50,6 +49,7 @@ from autoprune.core import (
     Trial,
     all_met,
     check_recovery,
+    check_rules,
 )
 
 if TYPE_CHECKING:
@@ -286,14 +286,13 @@ class NetAdapt(Scripted):
 
     def _begin(self) -> Conversation:
         """The dense network's score; with start="allocation" a sweep, and the measured network that it leads to."""
-        cells = [(g, level) for g in range(len(self.space.groups)) for level in self._swept(g)]
-        cells = cells if self.start == "allocation" else []
+        swept = sweep.cells(self.space, SWEPT) if self.start == "allocation" else []
         dense = Candidate(ratios=self.space.dense(), recovery="none")
-        first, *swept = yield [dense, *(Candidate(ratios=self._ratios(self._moved(*cell))) for cell in cells)]
+        first, *trials = yield [dense, *(Candidate(ratios=self._ratios(self._moved(*cell))) for cell in swept)]
         self._score = first.score
-        if not cells:
+        if not swept:
             return None
-        self._sweep = self._losses(first, dict(zip(cells, swept, strict=True)))
+        self._sweep = sweep.increases(self.space, swept, first, trials)
         return (yield from self._allocated(self._sweep))
 
     def _allocated(self, losses: Sequence[Floats]) -> Conversation:
@@ -331,25 +330,6 @@ class NetAdapt(Scripted):
                     row[:level] = math.inf
                 found.append(allocate(rows, limits).levels)
         return found
-
-    def _swept(self, group: int) -> list[int]:
-        last = len(self.space.groups[group].levels) - 1
-        return sorted({math.ceil((i + 1) * last / SWEPT) for i in range(SWEPT)}) if last else []
-
-    def _losses(self, dense: Trial, swept: Mapping[tuple[int, int], Trial]) -> list[Floats]:
-        """Rising loss increases over the dense network, [L] a group; infinite from the first level that failed."""
-        rows = []
-        for g, group in enumerate(self.space.groups):
-            known, losses = [0], [0.0]
-            for level in self._swept(g):
-                if swept[g, level].error is not None:
-                    break
-                known.append(level)
-                losses.append(max(losses[-1], swept[g, level].loss - dense.loss))
-            row = np.full(len(group.levels), math.inf)
-            row[: known[-1] + 1] = np.interp(np.arange(known[-1] + 1), known, losses)
-            rows.append(row)
-        return rows
 
     # --------------------------------------------------------------------------------------------------- what it costs
 
@@ -446,8 +426,4 @@ def _check(initial: float, decay: float, *, rule: str, screen: int, start: str, 
         "attempts >= 1": attempts >= 1,
     }
     given = {"initial": initial, "decay": decay, "rule": rule, "screen": screen}
-    given |= {"start": start, "start_at": start_at, "attempts": attempts}
-    for text, kept in rules.items():
-        if not kept:
-            name = next(word for word in text.split() if word in given)
-            raise InputError(f"netadapt: {text} must hold, got {name}={given[name]}")
+    check_rules("netadapt", rules, given | {"start": start, "start_at": start_at, "attempts": attempts})
