@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoprune.core import Budget, InputError, PruningSpace, Task
     from autoprune.prune import RatioTable
+    from autoprune.pruning_env import LayerPruningEnv
     from autoprune.recover import FineTune
     from autoprune.result import Result
-    from autoprune.run import latency, profile, search
+    from autoprune.run import environment, latency, profile, search
 
 _HOMES = {
     "Budget": "core",
     "FineTune": "recover",
     "InputError": "core",
+    "LayerPruningEnv": "pruning_env",
     "PruningSpace": "core",
     "RatioTable": "prune",
     "Result": "result",
     "Task": "core",
+    "environment": "run",
     "latency": "run",
     "profile": "run",
     "search": "run",
@@ -28,10 +31,12 @@ __all__ = [
     "Budget",
     "FineTune",
     "InputError",
+    "LayerPruningEnv",
     "PruningSpace",
     "RatioTable",
     "Result",
     "Task",
+    "environment",
     "latency",
     "profile",
     "search",

@@ -56,6 +56,11 @@ class Costs:
         return tuple(replace(b, limit=b.limit * (1 - self.margins.get(b.cost, 0.0))) for b in self.limits)
 
     @property
+    def limited(self) -> Mapping[str, CostModel]:
+        """The models of the limited costs, as strategies begin with them."""
+        return {limit.cost: self.aimed[limit.cost] for limit in self.limits}
+
+    @property
     def device(self) -> str:
         """What costs are measured on; "" where all are counted or modelled."""
         return next((m.device for m in self.dense.values() if m.kind == "measured"), "")
@@ -139,7 +144,9 @@ def priced(
         meter = Latency(device, seed=seed, readings=readings)
         table = table_for(task, traced, meter, plan=plan, folder=tables, seed=seed, progress=progress)
         dense["latency_ms"] = table.dense
-        meters["latency_ms"] = meter.beside(Reference(task.model, table.dense, "latency_ms" in relative))
+        reference = Reference(task.model, table.dense, "latency_ms" in relative)
+        resolved = [b.resolve(dense).limit for b in budgets if b.cost == "latency_ms"]
+        meters["latency_ms"] = meter.beside(reference, limit=min(resolved))
         traced = _on_stairs(traced, table, levels, round_to, even=len(limited) > 1)
     models: dict[str, CostModel] = counted_models(task, traced, dense)
     aimed: dict[str, CostModel] = {}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,19 @@ from autoprune import components, costs, loop
 from autoprune import final as last_steps
 from autoprune.borrowing import check_writable, first, seeded
 from autoprune.checks import check_place, check_seed, check_task
-from autoprune.core import Budget, Candidate, InputError, Measurement, Progress, Silent, Strategy, Task, Trial, all_met
+from autoprune.core import (
+    Budget,
+    Candidate,
+    InputError,
+    Measurement,
+    Progress,
+    Recovery,
+    Silent,
+    Strategy,
+    Task,
+    Trial,
+    all_met,
+)
 from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
@@ -28,6 +41,7 @@ from autoprune.meters.energy import Constants
 from autoprune.meters.latency import Latency, Reference
 from autoprune.meters.profile import CostTable, Profile
 from autoprune.prune import RatioTable
+from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune, recalibrate
 from autoprune.result import Result
 from autoprune.space import trace
@@ -84,27 +98,147 @@ def search(
         MeasuringError: the device could not measure the networks.
     """
     began = time.perf_counter()
+    chosen = {
+        "strategy": components.chosen("strategy", strategy),
+        "criterion": components.chosen("criterion", criterion),
+    }
+    build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
+    check_storage(storage)
+    prepared = _prepared(
+        task,
+        budget,
+        criterion=chosen["criterion"],
+        device=device,
+        energy=energy,
+        seed=seed,
+        space=space,
+        scoring=scoring,
+        profile=profile,
+        tables=tables,
+        cache=cache,
+        readings=readings,
+        progress=progress,
+        check=lambda traced: _check_settings(build, traced, seed),
+    )
+    evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
+    found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
+    if found is None:
+        planner: Strategy = build(prices.traced.space, prices.steered, prices.limited, seed=seed)  # it may refuse
+        fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
+        name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
+        study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
+        found = _found(planner, evaluator, prices, study, final, progress)
+    return concluded(
+        evaluator,
+        prices,
+        found.answer,
+        found.model,
+        evaluator.importance,
+        asked=asked,
+        chosen=chosen,
+        device=prepared.device,
+        progress=progress,
+        known=found.known,
+        storage=storage,
+        began=began,
+        **found.record,
+    )
+
+
+def environment(
+    task: Task,
+    *,
+    budget: str | Sequence[str],
+    reward: str = "accuracy",
+    recovery: Recovery = "probe",
+    criterion: str | Mapping[str, Any] = "l1",
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    energy: str | Mapping[str, Any] | Constants = "horowitz_45nm",
+    seed: int = 0,
+    space: Space = Space(),
+    scoring: Scoring = Scoring(),
+    profile: Profile = Profile(),
+    tables: str | Path | None = None,
+    cache: str | Path | None = None,
+    progress: Progress = Silent(),
+) -> LayerPruningEnv:
+    """The Gymnasium environment that `amc` walks, for any agent to learn on: an episode ends with the score of the
+    network it came to, cut and recovered as asked, on the search split. A candidate that fails is paid 0.
+
+    reward: see LayerPruningEnv. recovery: what a network gets before it is scored. Other arguments as of `search`.
+
+    Raises:
+        InputError: as of `search`, or the smallest network is predicted to exceed a budget.
+    """
+    chosen = components.chosen("criterion", criterion)
+    prepared = _prepared(
+        task,
+        budget,
+        criterion=chosen,
+        device=device,
+        energy=energy,
+        seed=seed,
+        space=space,
+        scoring=scoring,
+        profile=profile,
+        tables=tables,
+        cache=cache,
+        readings=None,
+        progress=progress,
+    )
+    numbers = itertools.count()
+
+    def evaluate(ratios: tuple[float, ...]) -> float:
+        (trial,) = prepared.evaluator([(next(numbers), Candidate(ratios=ratios, recovery=recovery))])
+        return 0.0 if trial.error else trial.score
+
+    prices = prepared.prices
+    return LayerPruningEnv(prices.traced.space, prices.steered, prices.limited, evaluate=evaluate, reward=reward)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that stands before the first candidate."""
+
+    evaluator: Evaluator
+    prices: Costs
+    asked: tuple[str, ...]
+    device: Device
+
+
+def _prepared(
+    task: Task,
+    budget: str | Sequence[str],
+    *,
+    criterion: Mapping[str, Any],
+    device: str | Mapping[str, Any] | Device,
+    energy: str | Mapping[str, Any] | Constants,
+    seed: int,
+    space: Space,
+    scoring: Scoring,
+    profile: Profile,
+    tables: str | Path | None,
+    cache: str | Path | None,
+    readings: str | Path | None,
+    progress: Progress,
+    check: Callable[[TracedModel], None] = lambda traced: None,
+) -> _Prepared:
+    """Check everything, trace the model, price it, rank its units. check: what a traced model may still be refused for,
+    before anything is measured."""
     asked = (budget,) if isinstance(budget, str) else tuple(budget)
     budgets = tuple(Budget.parse(text) for text in asked)
     costs.check_budgets(budgets)
     check_seed(seed)
     check_place(scoring.device, "evaluator.device")
     target, constants = device_of(device), _built(Constants, "energy", energy)
-    chosen = {
-        "strategy": components.chosen("strategy", strategy),
-        "criterion": components.chosen("criterion", criterion),
-    }
-    build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
-    rank: Criterion = components.bind(chosen["criterion"], "criterion", task.model, (), batches=(), loss=None, seed=0)
+    rank: Criterion = components.bind(criterion, "criterion", task.model, (), batches=(), loss=None, seed=0)
     if cache is not None:
         check_writable(Path(cache), "evaluator.cache")
-    check_storage(storage)
     check_task(task)
-
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, **asdict(space))
     progress.say(_summary(task, traced))
-    _check_settings(build, traced, seed)
+    check(traced)
     prices = costs.priced(
         task,
         traced,
@@ -133,29 +267,7 @@ def search(
         seed=seed,
         cache=None if cache is None else Path(cache),
     )
-    found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
-    if found is None:
-        limited = {n: prices.aimed[n] for n in dict.fromkeys(b.cost for b in prices.limits)}
-        planner: Strategy = build(prices.traced.space, prices.steered, limited, seed=seed)  # it may refuse
-        fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
-        name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
-        study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        found = _found(planner, evaluator, prices, study, final, progress)
-    return concluded(
-        evaluator,
-        prices,
-        found.answer,
-        found.model,
-        importance,
-        asked=asked,
-        chosen=chosen,
-        device=target,
-        progress=progress,
-        known=found.known,
-        storage=storage,
-        began=began,
-        **found.record,
-    )
+    return _Prepared(evaluator, prices, asked, target)
 
 
 def profile(
@@ -197,7 +309,8 @@ def latency(
 def measured_again(
     task: Task, folder: Path, *, device: str | Mapping[str, Any] | Device = "torch_cpu", seed: int = 1
 ) -> tuple[Measurement, Measurement]:
-    """The latency of a finished run's written network as the run measured it, and as it is now in new processes.
+    """The latency of a finished run's written network as the run measured it, and as it is now in new processes, as
+    many as the device allows.
 
     Raises:
         InputError: the folder holds no run that measured a latency, or not of this task.
@@ -212,7 +325,9 @@ def measured_again(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
     dense = Measurement.exact(cost["dense"], "ms", "measured")
-    meter = Latency(device_of(device), seed=seed).beside(Reference(task.model, dense, relative))
+    chosen = device_of(device)
+    chosen = replace(chosen, processes=chosen.most_processes)
+    meter = Latency(chosen, seed=seed).beside(Reference(task.model, dense, relative))
     return then, meter.measure(model, task.inputs)
 
 
@@ -268,7 +383,7 @@ def _left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progr
     for text, limit in zip(asked, prices.limits, strict=True):
         progress.say(_already(text, limit, known[limit.cost]))
     answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
-    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": ()}
+    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
     return _Found(answer=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
 
 
@@ -278,10 +393,11 @@ def _found(
     """The best answer of the whole conversation, fine-tuned."""
     trials = _converse(planner, evaluator, study, progress)
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
-    rounds = tuple(asdict(made) for made in getattr(planner, "trace", ()))
+    traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = _best(trials, prices.steered, prices.limits)
     model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
-    record = {"trials": trials, "study": study.name, "findings": findings, "rounds": rounds}
+    record = {"trials": trials, "study": study.name, "findings": findings}
+    record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
     return _Found(answer=answer, model=model, record=record)
 
 

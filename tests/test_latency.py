@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from autoprune.core import Budget, InputError, Measurement
 from autoprune.meters.device import Device, MeasuringError, Worker, WorkerLostError, warm
-from autoprune.meters.latency import Latency, Reference, disturbed, interval
+from autoprune.meters.latency import Latency, Reference, disturbed, interval, quiet_readings
 from autoprune.meters.wire import packed
 
 QUICK = Device(processes=2, most_processes=2, samples=6, seconds=0.2, repeats=0)
@@ -292,3 +292,31 @@ def test_raw_samples_are_kept(tmp_path: object) -> None:
     assert len(rows) == 2
     assert all(len(r["rows"][0]["wall_ms"]) == len(r["rows"][0]["cpu_ms"]) >= 6 for r in rows)
     assert all(r["facts"]["runtime"].startswith("torch") for r in rows)
+
+
+@pytest.mark.parametrize(("decides", "taken"), [(True, 3), (False, 6)])
+def test_all_processes_are_taken_where_the_first_do_not_decide_and_that_is_asked_once(
+    decides: bool, taken: int
+) -> None:
+    asked = []
+
+    def decided(kept: Any) -> bool:
+        asked.append(len(kept))
+        return decides
+
+    kept, _ = quiet_readings(
+        dataclasses.replace(QUICK, processes=3, most_processes=6),
+        lambda ordinal: {"rows": [{"wall_ms": [1.0], "cpu_ms": [1.0]}]},
+        lambda kept: (1.0, 1.0, 1.0),
+        decided=decided,
+    )
+    assert len(kept) == taken
+    assert asked == [3]
+
+
+def test_a_limit_inside_the_interval_asks_for_every_process() -> None:
+    model, inputs = nn.Linear(64, 64), (torch.ones(64, 64),)
+    device = dataclasses.replace(QUICK, most_processes=4, precision=10.0)
+    reference = Reference(model, Measurement.exact(1.0, "ms", "measured"), relative=True)
+    held = [Latency(device).beside(reference, limit=limit).measure(model, inputs) for limit in (1.0, 50.0)]
+    assert [any(f"{count} fresh processes" in note for note in m.notes) for m, count in zip(held, (4, 2), strict=True)]

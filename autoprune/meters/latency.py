@@ -20,6 +20,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,19 +61,28 @@ class Latency:
     With a reference, the network is timed beside it in the same processes, blocks interleaved in random order. A
     relative value is their ratio times the reference's measured latency. An absolute one is their ratio times the
     reference's latency then and now (geometric mean); its interval covers both.
-    readings: a file that every raw sample is appended to, one JSON object a process.
+    limit: what the value is held against: where the interval of the first processes holds it, all that a device
+    allows are taken, as one that met a slow spell may be among them. readings: a file that every raw sample is appended
+    to, one JSON object a process.
     """
 
     name, unit = "latency_ms", "ms"
 
     def __init__(
-        self, device: Device, *, seed: int = 0, reference: Reference | None = None, readings: Path | None = None
+        self,
+        device: Device,
+        *,
+        seed: int = 0,
+        reference: Reference | None = None,
+        limit: float = math.inf,
+        readings: Path | None = None,
     ) -> None:
         self.device, self.seed, self.reference, self.readings = device, seed, reference, readings
+        self.limit = limit
 
-    def beside(self, reference: Reference) -> Latency:
-        """The same meter with this network timed beside every other."""
-        return Latency(self.device, seed=self.seed, reference=reference, readings=self.readings)
+    def beside(self, reference: Reference, *, limit: float = math.inf) -> Latency:
+        """The same meter with this network timed beside every other, and held against a limit."""
+        return Latency(self.device, seed=self.seed, reference=reference, limit=limit, readings=self.readings)
 
     def glance(self) -> Latency:
         """The same meter with the fewest processes."""
@@ -137,7 +147,13 @@ class Latency:
         return quantile_ratio(own, other, self.seed, self.device.quantile)
 
     def _processes(self, blobs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], bool]:
-        return quiet_readings(self.device, lambda ordinal: self._reading(blobs, ordinal), self._found)
+        take = partial(self._reading, blobs)
+        return quiet_readings(self.device, take, self._found, decided=self._decided)
+
+    def _decided(self, processes: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the limit lies outside the interval."""
+        (_, low, high), _ = self._verdict(processes, undisturbed=True)
+        return not low <= self.limit < high
 
     def _found(self, processes: Sequence[Mapping[str, Any]]) -> Interval:
         """What more processes make narrower: of a network beside another the ratio, as its milliseconds are as wide as
@@ -163,8 +179,12 @@ def quiet_readings(
     device: Device,
     take: Callable[[int], dict[str, Any]],
     found: Callable[[Sequence[Mapping[str, Any]]], Interval],
+    *,
+    decided: Callable[[Sequence[Mapping[str, Any]]], bool] = lambda kept: True,
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Readings of fresh processes, disturbed ones taken again as long as repeats last; more while the interval is wide.
+    """Readings of fresh processes, disturbed ones taken again as long as repeats last; more while the interval is wide,
+    and all there may be where the first do not decide. That is asked once: to stop at the first interval that happens
+    to be on the right side would be to choose it.
 
     take: the ordinal of a process -> its reading, with `rows` of what its clocks read. found: what readings amount to.
     Returns the readings, and whether all of them were undisturbed.
@@ -175,8 +195,8 @@ def quiet_readings(
         return high - low > 2 * device.precision * value
 
     kept: list[dict[str, Any]] = []
-    repeats, undisturbed = device.repeats, True
-    while len(kept) < device.processes or (len(kept) < device.most_processes and wide()):
+    repeats, undisturbed, wanted = device.repeats, True, device.processes
+    while len(kept) < wanted or (len(kept) < device.most_processes and wide()):
         reading = take(len(kept))
         quiet = not any(disturbed(row, device) for row in reading["rows"])
         if not quiet and repeats > 0:
@@ -186,6 +206,8 @@ def quiet_readings(
             continue
         undisturbed = undisturbed and quiet
         kept.append(reading)
+        if len(kept) == device.processes and not decided(kept):
+            wanted = device.most_processes
     return kept, undisturbed
 
 
