@@ -7,6 +7,7 @@ failure; 130 interrupted (what was scored is kept, the line to go on is printed)
 from __future__ import annotations
 
 import difflib
+import hashlib
 import logging
 import os
 import shlex
@@ -41,6 +42,7 @@ HELP = """autoprune finds how much to prune from each layer of a trained PyTorch
 usage: python -m autoprune COMMAND [key=value ...]
 
   search     find the ratios, the smaller network and the report    search budget=latency_20ms
+  compare    strategies side by side, one table and one plot        compare strategies=[random,amc]
   profile    build or refresh the device's cost table               profile device=torch_cpu
   measure    measure a finished run's network again                measure outputs/.../
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
@@ -70,12 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"autoprune: {' '.join(str(error).split())}\n")
         return WRONG_INPUT
     except DeviceLostError as error:
-        kept = "what was scored is kept. To go on" if command == "search" else "nothing is kept. To begin again"
-        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}; {kept}:\n  {_same_line(arguments)}\n")
+        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}; {_kept(command)}:\n  {_same_line(arguments)}\n")
         return FAILED
     except KeyboardInterrupt:
-        kept = "what was scored is kept. To go on" if command == "search" else "nothing is kept. To begin again"
-        sys.stderr.write(f"\nautoprune: interrupted; {kept}:\n  {_same_line(arguments)}\n")
+        sys.stderr.write(f"\nautoprune: interrupted; {_kept(command)}:\n  {_same_line(arguments)}\n")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001, the last door
         logging.getLogger("autoprune").error("%s", traceback.format_exc())
@@ -89,6 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _kept(command: str) -> str:
+    """What a command that was cut short leaves, and what the same line would do."""
+    resumed = command in ("search", "compare")
+    return "what was scored is kept. To go on" if resumed else "nothing is kept. To begin again"
+
+
 def _same_line(arguments: Sequence[str]) -> str:
     return shlex.join([sys.executable, "-m", "autoprune", *arguments])
 
@@ -96,19 +102,9 @@ def _same_line(arguments: Sequence[str]) -> str:
 def _search(words: Sequence[str]) -> int:
     config = _compose("search", words)
     from autoprune import report, run
-    from autoprune.evaluate import Scoring
-    from autoprune.recover import FineTune
 
-    evaluator = config["evaluator"]
     budgets = _budgets(config["budget"])
-    scoring = {k: v for k, v in evaluator.items() if k != "cache"}
-    scoring["short"] = _made(FineTune, evaluator["short"], "evaluator.short")
-    settings = {
-        "space": _made(run.Space, config["space"], "space"),
-        "scoring": _made(Scoring, scoring, "evaluator"),
-        "final": _made(FineTune, config["finetune"], "finetune"),
-        "profile": _profile_plan(config["profile"]),
-    }
+    settings = _search_settings(config)
     task = make_task(config["task"])
     folder = _run_folder(config, task.name, _short_name(config["strategy"]["_target_"]))
     with _watched() as screen:
@@ -116,21 +112,64 @@ def _search(words: Sequence[str]) -> int:
             task,
             budget=budgets,
             strategy=config["strategy"],
-            criterion=config["criterion"],
-            device=config["device"],
-            energy=config["energy"],
             seed=config["seed"],
-            tables=config["profile"]["folder"],
             readings=folder / "readings.jsonl",
-            storage=config["study"]["storage"],
             study_name=config["study"]["name"],
-            cache=evaluator["cache"],
+            cache=config["evaluator"]["cache"],
             progress=screen,
             **settings,
         )
     report.write(result, folder)
     report.show(result, folder, task_words=[word for word in words if word.startswith("task")])
     return MET if result.met else NOT_MET
+
+
+def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a search and a comparison of searches are given alike."""
+    from autoprune import run
+    from autoprune.evaluate import Scoring
+    from autoprune.recover import FineTune
+
+    scoring = {k: v for k, v in config["evaluator"].items() if k != "cache"}
+    scoring["short"] = _made(FineTune, scoring["short"], "evaluator.short")
+    return {
+        "space": _made(run.Space, config["space"], "space"),
+        "scoring": _made(Scoring, scoring, "evaluator"),
+        "final": _made(FineTune, config["finetune"], "finetune"),
+        "profile": _profile_plan(config["profile"]),
+        "criterion": config["criterion"],
+        "device": config["device"],
+        "energy": config["energy"],
+        "tables": config["profile"]["folder"],
+        "storage": config["study"]["storage"],
+    }
+
+
+def _compare(words: Sequence[str]) -> int:
+    config = _compose("compare", words)
+    from autoprune import compare, report
+
+    given = config["budget"] if isinstance(config["budget"], list) else [config["budget"]]
+    budgets = [_budgets(budget) for budget in given]
+    strategies = compare.planned(config["strategies"], config["evaluations"], config["settings"])
+    settings = _search_settings(config)
+    task = make_task(config["task"])
+    lists = ("budget", "strategies", "seeds", "name", "output", "settings")
+    kept = {key: value for key, value in config.items() if key not in lists}
+    name = config["name"] or hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
+    folder = _run_folder(config, task.name, "compare", name)
+    with _watched() as screen:
+        rows = compare.compare(
+            task,
+            budgets=budgets,
+            strategies=strategies,
+            seeds=config["seeds"],
+            folder=folder,
+            progress=screen,
+            **settings,
+        )
+    report.show_comparison(compare.table(rows), [folder / name for name in compare.FILES])
+    return MET if all(row.met for row in rows) else NOT_MET
 
 
 def _profile(words: Sequence[str]) -> int:
@@ -225,6 +264,7 @@ def _report(words: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": _search,
+    "compare": _compare,
     "profile": _profile,
     "finetune": _finetune,
     "measure": _measure,
@@ -339,14 +379,14 @@ def _short_name(target: str) -> str:
     return next(shipped, target.rpartition(".")[2].lower())
 
 
-def _run_folder(config: dict[str, Any], task: str, what: str) -> Path:
-    """A new folder for this run, with the configuration and a log in it."""
+def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None = None) -> Path:
+    """A folder for this run, with the configuration and a log in it: a new one, or the one of this name."""
     from omegaconf import OmegaConf
 
     base = Path(config["output"]) / task / what
     stamp, folder, count = time.strftime("%Y-%m-%d_%H-%M-%S"), Path(), 1
     try:
-        while True:
+        while name is None:
             folder = base / (stamp if count == 1 else f"{stamp}_{count}")
             try:
                 folder.mkdir(parents=True, exist_ok=False)
@@ -355,6 +395,9 @@ def _run_folder(config: dict[str, Any], task: str, what: str) -> Path:
                 if not folder.is_dir():
                     raise
                 count += 1
+        if name is not None:
+            folder = base / name
+            folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RATIO = "ratio:"  # what the columns of ratios in trials.csv begin with
+SMOOTHED = 25  # episodes that a reward is averaged over
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#808080"  # apart for colour-blind eyes (Okabe & Ito, 2008)
 
 
@@ -27,6 +28,7 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
         "cost_table": {"held_out": [], "answers": []},
         "layers": [],
         "rounds": [],
+        "episodes": [],
         **values,
     }  # absent in older runs
     return environment.get_template("report.html.j2").render(
@@ -36,6 +38,7 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
         prediction=_prediction_svg(values["cost_table"]) if values["cost_table"]["held_out"] else "",
         layers=_layers_svg(values["layers"]) if values["layers"] else "",
         rounds=_rounds_svg(values, trials) if values["rounds"] else "",
+        rewards=_rewards_svg(values["episodes"]) if values["episodes"] else "",
         about=[json.loads(trials[made["winner"]]["about"]) for made in values["rounds"]],
     )
 
@@ -58,7 +61,7 @@ def sensitivity_curves(
 
 def _ratios_svg(values: Mapping[str, Any]) -> str:
     names = list(values["groups"])
-    figure, axes = _figure(7.5, 0.6 + 0.26 * len(names), 1, 1)
+    drawn, axes = figure(7.5, 0.6 + 0.26 * len(names), 1, 1)
     ratios = [values["groups"][name]["ratio"] for name in names]
     axes[0].barh(range(len(names)), [1.0] * len(names), color=GREY, alpha=0.25, height=0.7)
     axes[0].barh(range(len(names)), ratios, color=ORANGE, height=0.7)
@@ -66,14 +69,14 @@ def _ratios_svg(values: Mapping[str, Any]) -> str:
     axes[0].invert_yaxis()
     axes[0].set_xlim(0, 1)
     axes[0].set_xlabel("ratio: fraction of units removed, in the network's order")
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _sensitivity_svg(
     values: Mapping[str, Any], curves: Mapping[str, Sequence[tuple[float, float, float, float]]]
 ) -> str:
     rows = math.ceil(len(curves) / 3)
-    figure, axes = _figure(9.0, 1.9 * rows + 0.4, rows, 3)
+    drawn, axes = figure(9.0, 1.9 * rows + 0.4, rows, 3)
     top = max(high for points in curves.values() for *_, high in points)
     for axis, (name, points) in zip(axes, curves.items(), strict=False):
         x, y, low, high = zip(*((0.0, 0.0, 0.0, 0.0), *points), strict=True)
@@ -86,13 +89,13 @@ def _sensitivity_svg(
         axis.set_title(name, fontsize=9)
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
-    figure.supxlabel("ratio of this group alone (dashed: chosen)", fontsize=9, color=GREY)
-    figure.supylabel("loss increase over dense, 95 % interval", fontsize=9, color=GREY)
-    return _svg(figure)
+    drawn.supxlabel("ratio of this group alone (dashed: chosen)", fontsize=9, color=GREY)
+    drawn.supylabel("loss increase over dense, 95 % interval", fontsize=9, color=GREY)
+    return svg(drawn)
 
 
 def _prediction_svg(table: Mapping[str, Any]) -> str:
-    figure, axes = _figure(4.5, 4.2, 1, 1)
+    drawn, axes = figure(4.5, 4.2, 1, 1)
     answers = [(a["predicted"], a["measured"]) for a in table["answers"] if a["cost"] == "latency_ms"]
     top = 1.05 * max(value for pair in (*table["held_out"], *answers) for value in pair)
     axes[0].plot([0, top], [0, top], color=GREY, linewidth=0.8)
@@ -103,11 +106,11 @@ def _prediction_svg(table: Mapping[str, Any]) -> str:
     axes[0].set_ylim(0, top)
     axes[0].set_xlabel("predicted ms")
     axes[0].set_ylabel("measured ms", color=GREY)
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _layers_svg(layers: Sequence[Mapping[str, Any]]) -> str:
-    figure, axes = _figure(7.5, 0.6 + 0.2 * len(layers), 1, 1)
+    drawn, axes = figure(7.5, 0.6 + 0.2 * len(layers), 1, 1)
     places = range(len(layers))
     axes[0].barh(places, [row["dense_ms"] for row in layers], color=GREY, alpha=0.35, height=0.8, label="dense")
     axes[0].barh(places, [row["pruned_ms"] for row in layers], color=ORANGE, height=0.4, label="pruned")
@@ -115,13 +118,13 @@ def _layers_svg(layers: Sequence[Mapping[str, Any]]) -> str:
     axes[0].invert_yaxis()
     axes[0].set_xlabel("ms")
     axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return _svg(figure)
+    return svg(drawn)
 
 
 def _rounds_svg(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> str:
     """Score against the first budget's cost: the proposals of all rounds, and the way of the winners."""
     budget, rounds = values["budgets"][0], values["rounds"]
-    figure, axes = _figure(7.5, 4.0, 1, 1)
+    drawn, axes = figure(7.5, 4.0, 1, 1)
     for recovery, colour, label in (("probe", GREY, "recalibrated"), ("short", BLUE, "fine-tuned")):
         proposed = (trials[n] for made in rounds for n in made["proposals"])
         shown = [t for t in proposed if t["recovery"] == recovery and not t["error"]]
@@ -138,14 +141,35 @@ def _rounds_svg(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) 
     )
     axes[0].set_ylabel(f"score on the search split ({values['score']['metric']})", color=GREY)
     axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
-    return _svg(figure)
+    return svg(drawn)
 
 
-def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def _rewards_svg(episodes: Sequence[Mapping[str, Any]]) -> str:
+    """The reward of each episode, its mean over the last SMOOTHED, and the mean of the random walks at first."""
+    drawn, axes = figure(7.5, 3.2, 1, 1)
+    rewards = [walked["reward"] for walked in episodes]
+    recent = [rewards[max(0, i + 1 - SMOOTHED) : i + 1] for i in range(len(rewards))]
+    axes[0].plot(rewards, "o", color=BLUE, alpha=0.4, markersize=2, label="episodes")
+    axes[0].plot([sum(r) / len(r) for r in recent], color=ORANGE, linewidth=1.5, label=f"mean of the last {SMOOTHED}")
+    axes[0].axhline(warm_up_mean(episodes), color=GREY, linestyle="--", linewidth=1.2, label="mean of the warm-up")
+    axes[0].set_xlabel("episode")
+    axes[0].set_ylabel("reward", color=GREY)
+    axes[0].legend(frameon=False, labelcolor=GREY, fontsize=8)
+    return svg(drawn)
+
+
+def warm_up_mean(episodes: Sequence[Mapping[str, Any]]) -> float:
+    """The mean reward of an agent's random walks."""
+    rewards: list[float] = [walked["reward"] for walked in episodes if walked["sigma"] is None]
+    return sum(rewards) / len(rewards)
+
+
+def figure(width: float, height: float, rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """An empty figure in inches, and its axes row by row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    axes = list(drawn.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.tick_params(colors=GREY, labelsize=8)
         axis.xaxis.label.set_color(GREY)
@@ -154,17 +178,17 @@ def _figure(width: float, height: float, rows: int, columns: int) -> tuple[Figur
         for side, spine in axis.spines.items():
             spine.set_visible(side in ("left", "bottom"))
             spine.set_color(GREY)
-    figure.patch.set_alpha(0)
-    return figure, axes
+    drawn.patch.set_alpha(0)
+    return drawn, axes
 
 
-def _svg(figure: Figure) -> str:
+def svg(drawn: Figure) -> str:
     """SVG text to stand inside a page; text stays text, and the same figure gives the same bytes."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "autoprune"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        drawn.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()[buffer.getvalue().index("<svg") :]
 
 

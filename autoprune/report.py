@@ -31,7 +31,7 @@ from rich.table import Column, Table
 
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial
 from autoprune.meters.fitted import stair_levels, step_of
-from autoprune.page import RATIO, amount, html, percent, points, with_interval
+from autoprune.page import RATIO, SMOOTHED, amount, html, percent, points, warm_up_mean, with_interval
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +78,11 @@ class Screen:
         self._bar.stop()
 
     def stage(self, name: str, steps: int | None) -> None:
+        if name == self._name and self._steps is not None and steps is not None:
+            self._steps += steps  # more of the same: one line for all
+            if self._task is not None:
+                self._bar.update(self._task, total=self._steps)
+            return
         if name == self._name and self._steps is None:
             self._name = ""  # the same stage, its steps now known
         self._finish()
@@ -126,6 +131,13 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
         f"{search['failed']} failed) in {search['seconds']:.0f} s",
         highlight=False,
     )
+    if episodes := values["episodes"]:
+        last = [walked["reward"] for walked in episodes[-SMOOTHED:]]
+        console.print(
+            f"reward: {warm_up_mean(episodes):.4g} in the warm-up (mean), {sum(last) / len(last):.4g} over the last "
+            f"{len(last)} of {len(episodes)} episodes",
+            highlight=False,
+        )
     for budget in values["budgets"]:
         verdict = VERDICTS[budget["met"]] + MODELLED * (budget["kind"] == "modelled")
         console.print(
@@ -154,6 +166,11 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
         f"fine-tuned ({points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
         f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)",
     )
+
+
+def show_comparison(lines: Sequence[str], files: Sequence[Path]) -> None:
+    """The last screen of a comparison: its table, and where it is kept."""
+    _lines(Console(), *lines, f"files: {', '.join(map(str, files))}")
 
 
 def show_profile(table: CostTable, space: PruningSpace) -> None:

@@ -41,8 +41,8 @@ class Result:
     """The ratio table, the smaller network, and the record of how they were found.
 
     dense, predicted, measured: every cost of the dense model, as predicted for the answer, and of the final network.
-    findings: what the strategy has to say of single groups. rounds: its trace, where it has one (strategies.netadapt's
-    Round). held_out: (predicted, measured) ms of the networks that
+    findings: what the strategy has to say of single groups. rounds, episodes: its trace, where it has one
+    (strategies.netadapt's Round, strategies.amc's Episode). held_out: (predicted, measured) ms of the networks that
     tell the cost table's error. layers: what each takes before and after. met: whether every budget is kept by
     measurement.
     """
@@ -70,6 +70,7 @@ class Result:
     seconds: float
     findings: Mapping[str, str]
     rounds: tuple[Mapping[str, Any], ...]
+    episodes: tuple[Mapping[str, Any], ...]
     held_out: tuple[tuple[float, float], ...]
     layers: tuple[LayerTime, ...]
     notes: tuple[str, ...]
@@ -133,6 +134,7 @@ class Result:
             "refused": {r.name: r.reason for r in self.space.refused},
             "findings": dict(self.findings),
             "rounds": [dict(made) for made in self.rounds],
+            "episodes": [dict(walked) for walked in self.episodes],
             "cost_table": {"held_out": [list(pair) for pair in self.held_out], "answers": self._answers()},
             "layers": [asdict(layer) for layer in self.layers],
             "notes": list(self.notes),

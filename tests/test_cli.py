@@ -51,7 +51,10 @@ def needs(depth): return depth
     [
         ("fly", "unknown command 'fly'"),
         ("serch", "did you mean search?"),
-        ("search strategy=magic", "Available options in 'strategy': netadapt sensitivity uniform"),
+        (
+            "search strategy=magic",
+            "Available options in 'strategy': amc amc_paper netadapt optuna random sensitivity uniform",
+        ),
         ("search task=imagenet", "Available options in 'task'"),
         ("search criterion=l3", "Available options in 'criterion'"),
         ("search budget=latency_20", "budget 'latency_20': the unit is missing"),
@@ -188,7 +191,8 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
-    assert {"search": "epochs: 3", "profile": "held_out: 30", "finetune": "epochs: 3"}.get(command, "RUN_DIR") in out
+    shown = {"search": "epochs: 3", "profile": "held_out: 30", "finetune": "epochs: 3", "compare": "evaluations: 200"}
+    assert shown.get(command, "RUN_DIR") in out
 
 
 def test_no_arguments_print_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,221 @@
+"""Strategies side by side: the same task, budgets and seeds, as many candidates each; one table and one plot.
+
+Letters: S seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+from autoprune import components, run
+from autoprune.borrowing import first, seeded
+from autoprune.core import InputError, Progress, Silent, Task
+from autoprune.final import test
+from autoprune.page import BLUE, GREY, ORANGE, figure, svg
+from autoprune.recover import recalibrate
+from autoprune.result import Result
+
+FILES = ("comparison.csv", "comparison.md", "comparison.svg")
+RECALIBRATION = 20  # training batches for the statistics of answers that are not fine-tuned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One search. use: the largest fraction of a limit that its network takes. recalibrated, fine_tuned: the metric on
+    the test split, of the answer with recalibrated batch normalisation only and after the final fine-tune; dense: of
+    the dense network. candidates: how many were scored, finalists included; seconds: what that took."""
+
+    budget: str
+    strategy: str
+    seed: int
+    met: bool
+    use: float
+    dense: float
+    recalibrated: float
+    fine_tuned: float
+    candidates: int
+    seconds: float
+
+
+def planned(
+    names: Sequence[str], evaluations: int, settings: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The strategies of conf/strategy/ with these names, those that count candidates allowed so many.
+
+    Raises:
+        InputError: no such strategy, settings of one that is not compared, or fewer than 4 evaluations.
+    """
+    if not names:
+        raise InputError(f"strategies is empty: give some of {', '.join(components.names('strategy'))}")
+    if evaluations < 4:
+        raise InputError(f"evaluations >= 4 must hold, got evaluations={evaluations}")
+    if unknown := sorted(set(settings) - set(names)):
+        raise InputError(f"settings.{unknown[0]}: '{unknown[0]}' is not among the strategies compared")
+    found = {}
+    for name in names:
+        values = components.spec("strategy", name)
+        if "episodes" in values:
+            values["episodes"] = evaluations
+        if "warm_up" in values:
+            values["warm_up"] = min(values["warm_up"], evaluations // 4)
+        found[name] = values | dict(settings.get(name, {}))
+    return found
+
+
+def compare(
+    task: Task,
+    *,
+    budgets: Sequence[str | Sequence[str]],
+    strategies: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    folder: Path,
+    progress: Progress = Silent(),
+    **settings: Any,
+) -> tuple[Row, ...]:
+    """Search with every strategy under every budget from every seed; rows that the folder holds are not made again.
+
+    settings: as of run.search. What a comparison is made of (task, settings) is the caller's to keep the same.
+    """
+    file = folder / FILES[0]
+    made = {(row.budget, row.strategy, row.seed): row for row in read(file)}
+    wanted = [(budget, name, seed) for seed in seeds for budget in budgets for name in strategies]
+    for budget, name, seed in wanted:
+        asked = (budget,) if isinstance(budget, str) else tuple(budget)
+        key = ("+".join(asked), name, seed)
+        if key not in made:
+            progress.say(f"{name} under {key[0]}, seed {seed}")
+            values = strategies[name]
+            result = run.search(task, budget=asked, strategy=values, seed=seed, progress=progress, **settings)
+            made[key] = _row(task, result, key)
+            _append(file, made[key])
+    rows = tuple(made["+".join([b] if isinstance(b, str) else b), name, seed] for b, name, seed in wanted)
+    (folder / FILES[1]).write_text("\n".join(table(rows)) + "\n")
+    (folder / FILES[2]).write_text(plot(rows))
+    return rows
+
+
+def _row(task: Task, result: Result, key: tuple[str, str, int]) -> Row:
+    plain = result.table.prune(task.model, task.inputs)
+    with seeded(key[2]):
+        recalibrate(plain, first(task.train, RECALIBRATION))
+    (recalibrated,) = test(task, [plain])
+    return Row(
+        budget=key[0],
+        strategy=key[1],
+        seed=key[2],
+        met=result.met,
+        use=max(result.measured[b.cost].value / b.limit for b in result.budgets),
+        dense=result.scores.test_dense,
+        recalibrated=recalibrated,
+        fine_tuned=result.scores.test_recovered,
+        candidates=sum(not t.candidate.measure for t in result.trials),
+        seconds=round(sum(t.seconds for t in result.trials), 1),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what people see
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table, a line for each budget and strategy: means over the seeds with their 95 % interval."""
+    lines = [
+        "| budget | strategy | met | of the limit | recalibrated only | fine-tuned | against dense | candidates | s |",
+        "|---" * 9 + "|",
+    ]
+    for budget, strategy in dict.fromkeys((row.budget, row.strategy) for row in rows):
+        own = [row for row in rows if (row.budget, row.strategy) == (budget, strategy)]
+        cells = [budget, strategy, f"{sum(row.met for row in own)} of {len(own)}"]
+        cells += [f"{statistics.mean(row.use for row in own):.3f}"]
+        cells += [with_half_width([100 * row.recalibrated for row in own])]
+        cells += [with_half_width([100 * row.fine_tuned for row in own])]
+        cells += [f"{100 * statistics.mean(row.fine_tuned - row.dense for row in own):+.2f}"]
+        cells += [
+            f"{statistics.mean(value):.0f}" for value in zip(*((r.candidates, r.seconds) for r in own), strict=True)
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def with_half_width(values: Sequence[float]) -> str:
+    """A mean over S seeds, and the half width of its 95 % interval (Student's t)."""
+    half = half_width(values)
+    return f"{statistics.mean(values):.2f}" + (f" ± {half:.2f}" if math.isfinite(half) else "")
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean over S seeds; infinite for one."""
+    count = len(values)
+    if count < 2:
+        return math.inf
+    return float(student.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """SVG: of each budget a panel, the test metric of every strategy: seeds as dots, their mean and interval."""
+    budgets = list(dict.fromkeys(row.budget for row in rows))
+    names = list(dict.fromkeys(row.strategy for row in rows))
+    drawn, axes = figure(7.5, 0.8 + (0.5 + 0.3 * len(names)) * len(budgets), len(budgets), 1)
+    for axis, budget in zip(axes, budgets, strict=True):
+        for what, colour, shift in (("recalibrated", BLUE, -0.15), ("fine_tuned", ORANGE, 0.15)):
+            for place, name in enumerate(names):
+                values = [100 * getattr(r, what) for r in rows if (r.budget, r.strategy) == (budget, name)]
+                half = half_width(values)
+                axis.plot(values, [place + shift] * len(values), "o", color=colour, alpha=0.4, markersize=3)
+                error = half if math.isfinite(half) else 0.0
+                axis.errorbar(statistics.mean(values), place + shift, xerr=error, fmt="|", color=colour, capsize=2)
+        axis.axvline(100 * statistics.mean(r.dense for r in rows), color=GREY, linestyle="--", linewidth=1.0)
+        axis.set_yticks(range(len(names)), names)
+        axis.invert_yaxis()
+        axis.set_title(budget, fontsize=9)
+    drawn.supxlabel(
+        "test metric in percent, 95 % interval: recalibrated only (blue), fine-tuned (orange), dense (dashed)",
+        fontsize=9,
+        color=GREY,
+    )
+    return svg(drawn)
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def read(file: Path) -> tuple[Row, ...]:
+    """The rows that were made so far.
+
+    Raises:
+        InputError: the file is not of a comparison.
+    """
+    if not file.exists():
+        return ()
+    kinds: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda text: text == "True",
+        "str": str,
+    }
+    try:
+        with file.open(newline="") as opened:
+            return tuple(
+                Row(**{name: kinds[str(kind)](values[name]) for name, kind in Row.__annotations__.items()})
+                for values in csv.DictReader(opened)
+            )
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(
+            f"{file} is not of a comparison ({type(error).__name__}: {error}): give another name="
+        ) from error
+
+
+def _append(file: Path, row: Row) -> None:
+    values, new = asdict(row), not file.exists()
+    with file.open("a", newline="") as opened:
+        writer = csv.DictWriter(opened, list(values))
+        if new:
+            writer.writeheader()
+        writer.writerow(values)

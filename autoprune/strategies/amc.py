@@ -1,0 +1,422 @@
+"""AMC: an agent walks the layers and learns by trial how much to keep of each, under a budget that it cannot exceed.
+
+He et al., "AMC: AutoML for Model Compression and Acceleration on Mobile Devices", ECCV 2018, arXiv 1802.03494; agent:
+Lillicrap et al., "Continuous control with deep reinforcement learning" (DDPG), ICLR 2016, arXiv 1509.02971. One step a
+group, one episode a candidate (pruning_env.py); random walks first, then the actor's choice with noise that decays.
+Every transition of an episode is paid the episode's reward (section 3.2), less a moving average.
+
+Deviations from the paper and its public code (mit-han-lab/amc); `amc_paper` in conf/strategy/ undoes the first four,
+which is what it takes to learn in a few hundred episodes (experiments/amc):
+- least: walks are bounded from below too, so that they end at the budget and not far inside it.
+- credit: the critic learns what a choice came to at the end (Monte Carlo) instead of looking ahead to its own estimate.
+- index: the agent sees the group's number as a unit vector beside the eleven features.
+- The actor learns as fast as the critic (1e-3, paper 1e-4), and the noise decays by 0.99 an episode (paper 0.95).
+- What is remembered of an action is what the bound made of it.
+- The agent is Stable-Baselines3's: `ddpg`, or `td3` and `sac` by the same walk, noise and memory.
+- A walk that was scored before is not scored again; its reward is remembered.
+- A walk that fails is paid what is as far below the worst as that is below the best.
+- The best few walks are fine-tuned briefly, and the best of them is measured (finalists.py); the paper takes the best
+  walk. A limit that is missed by measurement calibrates the cost model, and what was walked is bounded again.
+- allocations: walks to the exact allocations of a sensitivity sweep come first, for the agent to learn from. stages:
+  budgets that begin wide and tighten. The paper has neither, and neither is on by default.
+
+Letters: G groups, L levels of one group, T transitions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from scipy.stats import truncnorm
+
+from autoprune import sweep
+from autoprune.allocate import InfeasibleError, allocate
+from autoprune.borrowing import seeded
+from autoprune.bound import Bound, Levels
+from autoprune.core import (
+    Budget,
+    Candidate,
+    CostModel,
+    PruningSpace,
+    Recovery,
+    Scripted,
+    Trial,
+    check_recovery,
+    check_rules,
+)
+from autoprune.finalists import Conversation, Ending
+from autoprune.pruning_env import FEATURES, REWARDS, LayerPruningEnv, Observation
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.buffers import ReplayBuffer
+    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+SWEPT = 4  # levels of each group that `allocations` scores
+CREDITS = ("every_step", "monte_carlo")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One walk: its number from 0, the trial that scored it, its reward, the noise's sigma (None: a random walk)."""
+
+    number: int
+    trial: int
+    reward: float
+    sigma: float | None
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What an episode went through: observations [G + 1], actions as the bound left them [G], the levels it ended with
+    [G], its noise."""
+
+    seen: tuple[Observation, ...]
+    actions: tuple[float, ...]
+    levels: Levels
+    sigma: float | None
+
+    @staticmethod
+    def through(env: LayerPruningEnv, choose: Callable[[int, Observation], float], sigma: float | None = None) -> _Walk:
+        """An episode in which choose(group, observation) gives the actions."""
+        seen, info = env.reset()
+        observations, actions = [seen], []
+        for group in range(len(env.space.groups)):
+            seen, _, _, _, info = env.step(np.array([choose(group, seen)], dtype=np.float32))
+            actions.append(float(seen[FEATURES.index("last")]))
+            observations.append(seen)
+        return _Walk(tuple(observations), tuple(actions), info["levels"], sigma)
+
+
+class Amc(Scripted):
+    """See the module's docstring.
+
+    episodes: walks in all, of which the first warm_up >= 1 are random. batch: walks that go out together, all by the
+    same actor. agent: "ddpg", "td3" or "sac". reward: see LayerPruningEnv. proxy: the recovery that walks are scored
+    after. least: see Bound. allocations: fractions > 0 of the limits, at each of which an exact allocation is walked to
+    before the first episode. stages: fractions >= 1 of the limits, each for an equal part of the episodes, in turn.
+    finalists, attempts, recovery: see finalists.py.
+
+    The agent's settings: hidden, widths of the hidden layers of actor and critic; actor_lr, critic_lr > 0; tau in
+    (0, 1], how fast the target networks follow; discount in [0, 1]; batch_size, memory >= 1, in transitions; updates
+    >= 0, gradient steps a transition; baseline in [0, 1], how fast the moving average of rewards follows, 0 for none;
+    credit: "every_step", each transition is paid the reward and the critic looks ahead (paper), or "monte_carlo", each
+    is paid the reward and nothing beyond it is looked at; index: "scalar", the group's number as the observation has it
+    (paper), or "one_hot", a unit vector beside it. sigma > 0, decay in (0, 1]: the noise after the warm-up, a truncated
+    normal distribution around the actor's choice, and what it is multiplied by after each episode.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+
+    def __init__(
+        self,
+        space: PruningSpace,
+        budgets: Sequence[Budget],
+        costs: Mapping[str, CostModel],
+        *,
+        seed: int = 0,
+        episodes: int = 400,
+        warm_up: int = 100,
+        batch: int = 1,
+        agent: Literal["ddpg", "td3", "sac"] = "ddpg",
+        reward: Literal["accuracy", "accuracy_guaranteed"] = "accuracy",
+        hidden: Sequence[int] = (300, 300),
+        actor_lr: float = 1e-3,
+        critic_lr: float = 1e-3,
+        tau: float = 0.01,
+        discount: float = 1.0,
+        batch_size: int = 64,
+        memory: int = 2000,
+        updates: int = 1,
+        baseline: float = 0.5,
+        credit: Literal["every_step", "monte_carlo"] = "monte_carlo",
+        index: Literal["scalar", "one_hot"] = "one_hot",
+        sigma: float = 0.5,
+        decay: float = 0.99,
+        proxy: Recovery = "probe",
+        least: float = 0.95,
+        allocations: Sequence[float] = (),
+        stages: Sequence[float] = (1.0,),
+        finalists: int = 3,
+        attempts: int = 4,
+        recovery: Recovery = "short",
+    ) -> None:
+        self._learner = _Learner(
+            kind=agent,
+            hidden=tuple(hidden),
+            actor_lr=actor_lr,
+            critic_lr=critic_lr,
+            tau=tau,
+            discount=discount,
+            batch_size=batch_size,
+            memory=memory,
+            updates=updates,
+            baseline=baseline,
+            credit=credit,
+            index=index,
+        )
+        rules = {
+            "episodes >= 1": episodes >= 1,
+            "1 <= warm_up <= episodes": 1 <= warm_up <= episodes,
+            "batch >= 1": batch >= 1,
+            f"reward must be one of {', '.join(REWARDS)}": reward in REWARDS,
+            "sigma > 0": sigma > 0,
+            "0 < decay <= 1": 0 < decay <= 1,
+            "0 <= least <= 1": 0 <= least <= 1,
+            "allocations must be fractions > 0": all(fraction > 0 for fraction in allocations),
+            "stages must be fractions >= 1, at least one": bool(stages) and all(factor >= 1 for factor in stages),
+        }
+        given: dict[str, object] = {
+            "episodes": episodes,
+            "warm_up": warm_up,
+            "batch": batch,
+            "reward": reward,
+            "sigma": sigma,
+        }
+        given |= {"decay": decay, "least": least, "allocations": allocations, "stages": stages}
+        check_rules("amc", rules, given)
+        check_recovery(proxy)
+        self.space, self.budgets, self.costs, self.seed = space, tuple(budgets), dict(costs), seed
+        self.episodes, self.warm_up, self.batch, self.reward = episodes, warm_up, batch, reward
+        self.sigma, self.decay = sigma, decay
+        self.least = least
+        self.allocations, self.stages = tuple(allocations), tuple(stages)
+        self.proxy: Recovery = proxy
+        self.walked: tuple[Episode, ...] = ()
+        self._scored: dict[Levels, Trial] = {}
+        self._ending = Ending(
+            strategy="amc",
+            space=space,
+            budgets=self.budgets,
+            costs=self.costs,
+            finalists=finalists,
+            attempts=attempts,
+            recovery=recovery,
+        )
+        super().__init__(self._converse())
+
+    def _converse(self) -> Conversation:
+        if not (self.budgets and Bound(self.space, self.budgets, self.costs).reachable):
+            yield from self._ending.smallest()
+            return
+        env = self._env(1.0)
+        agent = _Agent(self._learner, env, seed=self.seed)
+        for levels in (yield from self._allocated()):
+            yield from self._lived(env, agent, [_walked_to(env, levels)], number=None)
+        for start in range(0, self.episodes, self.batch):
+            here = self._env(self.stages[start * len(self.stages) // self.episodes])
+            numbers = range(start, min(start + self.batch, self.episodes))
+            yield from self._lived(env, agent, [self._walk(here, agent, n) for n in numbers], number=start)
+            if numbers[-1] + 1 >= self.warm_up:
+                agent.train(len(numbers) * len(self.space.groups), number=start)
+        whole = [levels for levels, trial in self._scored.items() if trial.error is None]
+        ranked = sorted(whole, key=lambda levels: -self._paid(env, levels))
+        yield from self._ending.best(ranked, worth=lambda trial: env.paid(trial.score, trial.candidate.ratios))
+
+    def _env(self, factor: float) -> LayerPruningEnv:
+        """The environment under this multiple of the limits; it is paid from outside."""
+        budgets = [replace(budget, limit=factor * budget.limit) for budget in self.budgets]
+        return LayerPruningEnv(
+            self.space, budgets, self.costs, evaluate=lambda _: math.nan, reward=self.reward, least=self.least
+        )
+
+    def _lived(
+        self, env: LayerPruningEnv, agent: _Agent, walks: Sequence[_Walk], *, number: int | None
+    ) -> Conversation:
+        """Score what these walks came to, and remember them. number: of the first episode; None of no episode."""
+        if unseen := dict.fromkeys(walk.levels for walk in walks if walk.levels not in self._scored):
+            trials = yield [Candidate(ratios=env.bound.ratios(n), recovery=self.proxy) for n in unseen]
+            self._scored |= zip(unseen, trials, strict=True)
+        for place, walk in enumerate(walks):
+            reward = self._paid(env, walk.levels)
+            agent.remember(walk, reward)
+            if number is not None:
+                trial = self._scored[walk.levels].number
+                made = Episode(number=number + place, trial=trial, reward=reward, sigma=walk.sigma)
+                self.walked = (*self.walked, made)
+
+    def _walk(self, env: LayerPruningEnv, agent: _Agent, number: int) -> _Walk:
+        """An episode: random in the warm-up, then the actor's choice with noise, sigma x decay^(episodes since)."""
+        rng = np.random.default_rng([self.seed, number])
+        later = number - self.warm_up
+        if later < 0:
+            return _Walk.through(env, lambda group, seen: float(rng.uniform()))
+        sigma = self.sigma * self.decay**later
+        return _Walk.through(env, lambda group, seen: _noisy(agent.action(seen), sigma, rng), sigma)
+
+    def _paid(self, env: LayerPruningEnv, levels: Levels) -> float:
+        """The reward of a walk; one that failed is paid what is as far below the worst as that is below the best."""
+        trial = self._scored[levels]
+        if trial.error is None:
+            return env.paid(trial.score, trial.candidate.ratios)
+        rewards = [env.paid(t.score, t.candidate.ratios) for t in self._scored.values() if t.error is None]
+        return 2 * min(rewards, default=0.0) - max(rewards, default=0.0)
+
+    def _allocated(self) -> Generator[list[Candidate], Sequence[Trial], list[Levels]]:
+        """The exact allocations that were asked for, on the loss increases of a sweep."""
+        if not self.allocations:
+            return []
+        swept = sweep.cells(self.space, SWEPT)
+        asked = [self.space.dense(), *(self._ratios(sweep.alone(self.space, cell)) for cell in swept)]
+        dense, *trials = yield [Candidate(ratios=ratios, recovery=self.proxy) for ratios in asked]
+        losses = sweep.increases(self.space, swept, dense, trials)
+        found: list[Levels] = []
+        for fraction in self.allocations:
+            limits = [(f, fraction * b.limit) for b in self.budgets for f in self.costs[b.cost].tables()]
+            with suppress(InfeasibleError):
+                found.append(allocate(losses, limits).levels)
+        return found
+
+    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
+        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
+
+
+def _walked_to(env: LayerPruningEnv, levels: Levels) -> _Walk:
+    """The walk that wishes for these levels."""
+    return _Walk.through(env, lambda group, seen: env.action_for(group, levels[group]))
+
+
+def _noisy(action: float, sigma: float, rng: np.random.Generator) -> float:
+    """A draw from the normal distribution around an action, truncated to [0, 1] (section 3.2)."""
+    low, high = -action / sigma, (1 - action) / sigma
+    return float(truncnorm.rvs(low, high, loc=action, scale=sigma, random_state=rng))
+
+
+# ------------------------------------------------------------------------------------------------------- the agent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Learner:
+    """The settings of an agent, see Amc."""
+
+    kind: str
+    hidden: tuple[int, ...]
+    actor_lr: float
+    critic_lr: float
+    tau: float
+    discount: float
+    batch_size: int
+    memory: int
+    updates: int
+    baseline: float
+    credit: str
+    index: str
+
+    def __post_init__(self) -> None:
+        rules = {
+            "agent must be ddpg, td3 or sac": self.kind in ("ddpg", "td3", "sac"),
+            "hidden must be widths >= 1": bool(self.hidden) and all(width >= 1 for width in self.hidden),
+            "actor_lr > 0": self.actor_lr > 0,
+            "critic_lr > 0": self.critic_lr > 0,
+            "0 < tau <= 1": 0 < self.tau <= 1,
+            "0 <= discount <= 1": 0 <= self.discount <= 1,
+            "batch_size >= 1": self.batch_size >= 1,
+            "memory >= 1": self.memory >= 1,
+            "updates >= 0": self.updates >= 0,
+            "0 <= baseline <= 1": 0 <= self.baseline <= 1,
+            f"credit must be one of {', '.join(CREDITS)}": self.credit in CREDITS,
+            "index must be scalar or one_hot": self.index in ("scalar", "one_hot"),
+        }
+        check_rules("amc", rules, {**vars(self), "agent": self.kind})
+
+
+class _Agent:
+    """A Stable-Baselines3 agent that is driven from outside: it acts, remembers walks, and trains when it is told to.
+
+    What it draws is keyed by the seed and the number of the walk; the global generators are left as they were.
+    """
+
+    def __init__(self, learner: _Learner, env: LayerPruningEnv, *, seed: int) -> None:
+        import stable_baselines3
+        from stable_baselines3.common.logger import Logger
+
+        self._learner, self._seed = learner, seed
+        kind = getattr(stable_baselines3, learner.kind.upper())
+        policy: dict[str, Any] = {"net_arch": list(learner.hidden)}
+        if learner.index == "one_hot":
+            policy["features_extractor_class"] = _indexed(len(env.space.groups))
+        with seeded(_key(seed, 0)):
+            self._model: OffPolicyAlgorithm = kind(
+                "MlpPolicy",
+                env,
+                learning_rate=learner.critic_lr,
+                buffer_size=learner.memory,
+                batch_size=learner.batch_size,
+                tau=learner.tau,
+                gamma=learner.discount,
+                policy_kwargs=policy,
+                replay_buffer_class=_centred_memory(learner.baseline),
+                device="cpu",
+            )
+        self._model.set_logger(Logger(None, []))
+        self._keep_two_rates()
+
+    def _keep_two_rates(self) -> None:
+        """Actor and critic learn at rates of their own, which Stable-Baselines3 would make one before every step."""
+        policy: Any = self._model.policy
+        for group in policy.actor.optimizer.param_groups:
+            group["lr"] = self._learner.actor_lr
+        self._model._update_learning_rate = lambda optimizers: None  # type: ignore[method-assign]
+
+    def action(self, seen: Observation) -> float:
+        """What the actor would do, in [0, 1]."""
+        chosen, _ = self._model.predict(seen, deterministic=True)
+        return float(chosen[0])
+
+    def remember(self, walk: _Walk, reward: float) -> None:
+        """Every transition of a walk, paid its reward."""
+        memory, last = self._model.replay_buffer, len(walk.actions) - 1
+        assert memory is not None
+        for t, action in enumerate(walk.actions):
+            taken = self._model.policy.scale_action(np.array([[action]], dtype=np.float32))
+            done = t == last or self._learner.credit == "monte_carlo"
+            memory.add(walk.seen[t][None], walk.seen[t + 1][None], taken, np.array([reward]), np.array([done]), [{}])
+
+    def train(self, transitions: int, *, number: int) -> None:
+        """Gradient steps for so many new transitions; number: of the walk they follow."""
+        if count := transitions * self._learner.updates:
+            with seeded(_key(self._seed, number + 1)):
+                self._model.train(count, self._learner.batch_size)
+
+
+def _centred_memory(baseline: float) -> type[ReplayBuffer]:
+    """A replay memory whose rewards are less their moving average over the batches drawn (section 3.2)."""
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    class Centred(ReplayBuffer):
+        average: float | None = None
+
+        def _normalize_reward(self, reward: Any, env: Any = None) -> Any:  # type: ignore[override]
+            mean = float(reward.mean())
+            self.average = mean if self.average is None else self.average + baseline * (mean - self.average)
+            return reward - (self.average if baseline else 0.0)
+
+    return Centred
+
+
+def _indexed(groups: int) -> type[BaseFeaturesExtractor]:
+    """What goes before the agent's networks: the observation, and a unit vector [G] of the group's number, as steps of
+    a single number are hard to tell apart."""
+    import torch
+    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+    class Indexed(BaseFeaturesExtractor):
+        def __init__(self, space: Any) -> None:
+            super().__init__(space, len(FEATURES) + groups)
+
+        def forward(self, seen: torch.Tensor) -> torch.Tensor:
+            number = (seen[:, 0] * (groups - 1)).round().long()
+            return torch.cat([seen, torch.nn.functional.one_hot(number, groups).to(seen.dtype)], dim=1)
+
+    return Indexed
+
+
+def _key(seed: int, number: int) -> int:
+    """A seed of the search's and a number."""
+    return int(np.random.default_rng([seed, number, 1]).integers(2**31))

@@ -1,0 +1,263 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+from autoprune.allocate import allocate
+from autoprune.bound import Bound
+from autoprune.core import Budget, CostModel, InputError, PruningSpace, Strategy, Trial
+from autoprune.loop import search
+from autoprune.pruning_env import FEATURES, LayerPruningEnv
+from autoprune.strategies.amc import Amc
+from autoprune.testing import StrategyContract, World, answer
+from autoprune.testing.worlds import random_state
+
+QUICK: dict[str, Any] = {"episodes": 40, "warm_up": 20, "hidden": (16, 16)}
+
+
+class TestAmc(StrategyContract):
+    def make(
+        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
+    ) -> Strategy:
+        return Amc(space, budgets, costs, seed=seed, **QUICK)
+
+
+def env_of(world: World, **settings: Any) -> LayerPruningEnv:
+    return LayerPruningEnv(
+        world.space, world.budgets, world.costs, evaluate=lambda ratios: 1 - world.loss(ratios), **settings
+    )
+
+
+def walked(env: LayerPruningEnv, actions: Iterable[float]) -> tuple[tuple[int, ...], float]:
+    env.reset()
+    for action in actions:
+        _, reward, done, _, info = env.step(np.array([action], dtype=np.float32))
+    assert done
+    return info["levels"], reward
+
+
+# ------------------------------------------------------------------------------------------------- the environment
+
+
+def test_gymnasium_accepts_the_environment() -> None:
+    check_env(env_of(World(0)), skip_render_check=True)
+
+
+@pytest.mark.parametrize("least", [0.0, 0.95])
+@pytest.mark.parametrize("limit", [0.15, 0.5, 0.9])
+def test_every_episode_ends_inside_the_budget(limit: float, least: float) -> None:
+    world, rng = World(3, limit=limit), np.random.default_rng(0)
+    env = env_of(world, least=least)
+    for _ in range(100):
+        levels, _ = walked(env, rng.uniform(size=8))
+        assert env.bound.keeps(levels)
+
+
+def test_an_agent_that_keeps_everything_ends_within_one_level_of_the_budget() -> None:
+    env = env_of(World(1))
+    levels, _ = walked(env, [1.0] * 8)
+    assert env.bound.keeps(levels)
+    for group, level in enumerate(levels):
+        if level:
+            assert not env.bound.keeps((*levels[:group], level - 1, *levels[group + 1 :]))
+    assert any(levels)
+
+
+def test_an_agent_that_keeps_nothing_still_uses_the_budget_where_it_has_to() -> None:
+    free, held = (env_of(World(1), least=least) for least in (0.0, 0.9))
+    assert free.bound.use(walked(free, [0.0] * 8)[0]) < 0.5
+    assert 0.9 <= held.bound.use(walked(held, [0.0] * 8)[0]) <= 1
+
+
+def test_the_reward_is_paid_at_the_end_for_the_network_that_was_walked_to() -> None:
+    world = World(2)
+    env = env_of(world)
+    env.reset()
+    steps = [env.step(np.array([0.7], dtype=np.float32)) for _ in range(8)]
+    assert [reward for _, reward, *_ in steps[:-1]] == [0.0] * 7
+    assert [done for _, _, done, *_ in steps] == [False] * 7 + [True]
+    assert steps[-1][1] == 1 - world.loss(steps[-1][4]["ratios"])
+
+
+def test_observations_tell_what_is_saved_and_what_still_can_be() -> None:
+    world = World(2)
+    env, macs = env_of(world), world.costs["macs"]
+    dense = macs.predict(world.space.dense())
+    first, _ = env.reset()
+    seen = dict(zip(FEATURES, first, strict=True))
+    smallest = macs.predict([g.levels[-1] for g in world.space.groups])
+    assert (seen["index"], seen["reduced"], seen["last"]) == (0, 0, 1)
+    assert seen["rest"] == pytest.approx(1 - smallest / dense)
+    after = dict(zip(FEATURES, env.step(np.array([0.0], dtype=np.float32))[0], strict=True))
+    cut = macs.predict((world.space.groups[0].levels[-1], *world.space.dense()[1:]))
+    assert after["index"] == pytest.approx(1 / 7)
+    assert after["reduced"] == pytest.approx(1 - cut / dense)
+    assert after["last"] == 0
+
+
+def test_rewards_are_those_of_the_paper() -> None:
+    world = World(2)
+    env = env_of(world, reward="accuracy_guaranteed")
+    ratios = tuple(g.levels[-1] for g in world.space.groups)
+    assert env.paid(0.9, ratios) == pytest.approx(-0.1 * np.log(world.costs["macs"].predict(ratios)))
+    assert env_of(world).paid(0.9, ratios) == 0.9
+
+
+def test_what_cannot_be_walked_is_refused() -> None:
+    world = World(2)
+    with pytest.raises(InputError, match="reward must be one of accuracy, accuracy_guaranteed, got 'speed'"):
+        env_of(world, reward="speed")
+    with pytest.raises(InputError, match=r"the smallest network takes .* times what a budget allows"):
+        env_of(World(2, limit=1e-4))
+    with pytest.raises(InputError, match="budgets is empty"):
+        LayerPruningEnv(world.space, (), world.costs, evaluate=lambda ratios: 0.0)
+
+
+def test_a_bound_takes_the_wish_where_it_is_open() -> None:
+    world = World(4, limit=0.9)
+    bound = Bound(world.space, world.budgets, world.costs)
+    deep = tuple(len(g.levels) - 2 for g in world.space.groups)
+    assert bound.walked(deep) == deep
+    assert bound.walked((0,) * 8) != (0,) * 8
+
+
+# ---------------------------------------------------------------------------------------------------- the strategy
+
+
+def played(world: World, history: Sequence[Trial] = (), **settings: Any) -> tuple[Amc, tuple[Trial, ...]]:
+    strategy = Amc(world.space, world.budgets, world.costs, **{**QUICK, **settings})
+    return strategy, search(strategy, world.evaluate, lambda trial: None, history=history)
+
+
+@pytest.mark.parametrize("agent", ["ddpg", "td3", "sac"])
+def test_every_agent_walks_by_its_name_alone(agent: str) -> None:
+    strategy, trials = played(World(0), agent=agent)
+    assert len(strategy.walked) == 40
+    assert answer(trials).feasible
+
+
+def test_random_walks_come_first_and_noise_decays() -> None:
+    strategy, _ = played(World(0))
+    sigmas = [episode.sigma for episode in strategy.walked]
+    assert sigmas[:20] == [None] * 20
+    assert sigmas[20:] == pytest.approx([0.5 * 0.99**i for i in range(20)])
+
+
+def test_no_candidate_is_scored_twice() -> None:
+    strategy, trials = played(World(0), sigma=0.01)
+    scored = [t.candidate.ratios for t in trials if t.candidate.recovery == "probe"]
+    assert len(scored) == len(set(scored))
+    assert len(scored) < 40, "an agent with hardly any noise walks the same way again"
+    for episode in strategy.walked:
+        assert episode.reward == trials[episode.trial].score
+
+
+def test_the_batch_changes_nothing_before_the_agent_has_learnt() -> None:
+    one, four = (played(World(0), batch=batch)[0].walked[:20] for batch in (1, 4))
+    assert [e.reward for e in one] == [e.reward for e in four]
+
+
+def test_the_agent_learns() -> None:
+    """Where one group is all that matters: walks after learning are better than those before."""
+    strategy, _ = played(World(2), episodes=120, warm_up=40, hidden=(64, 64))
+    rewards = [episode.reward for episode in strategy.walked]
+    assert np.mean(rewards[-20:]) > np.mean(rewards[:40])
+
+
+def test_interrupted_at_any_episode_it_goes_on_the_same() -> None:
+    whole, trials = played(World(5))
+    for cut in (7, 25, len(trials) - 2):
+        again, resumed = played(World(5), history=trials[:cut])
+        assert again.walked == whole.walked
+        assert [t.candidate for t in resumed] == [t.candidate for t in trials]
+
+
+def test_the_same_seed_walks_the_same_in_another_process() -> None:
+    code = (
+        "import json; from autoprune.testing import World; from autoprune.strategies.amc import Amc; w = World(0);"
+        "s = Amc(w.space, w.budgets, w.costs, seed=3, episodes=40, warm_up=20, hidden=(16, 16)); w.play(s);"
+        "print(json.dumps([e.reward for e in s.walked]))"
+    )
+    there = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert there == [episode.reward for episode in played(World(0), seed=3)[0].walked]
+    assert there != [episode.reward for episode in played(World(0), seed=4)[0].walked]
+
+
+def test_the_global_generators_are_left_alone() -> None:
+    before = random_state()
+    played(World(0))
+    assert random_state() == before
+
+
+def test_a_walk_that_fails_is_paid_less_than_any_other() -> None:
+    world = World(5)
+    world.fails = lambda ratios: ratios[0] > 0.3
+    strategy, trials = played(world)
+    failed = [e.reward for e in strategy.walked if trials[e.trial].error is not None]
+    whole = [e.reward for e in strategy.walked if trials[e.trial].error is None]
+    assert failed
+    assert max(failed[5:]) < min(whole)
+
+
+def test_allocations_are_walked_to_before_the_first_episode() -> None:
+    world = World(0)
+    _, trials = played(world, allocations=(1.0, 0.8))
+    scored = [t.candidate.ratios for t in trials if t.candidate.recovery == "probe"]
+    limits = [(form, world.budgets[0].limit) for form in world.costs["macs"].tables()]
+    losses = [
+        np.array([world.loss((*world.space.dense()[:g], r, *world.space.dense()[g + 1 :])) for r in group.levels])
+        for g, group in enumerate(world.space.groups)
+    ]
+    best = allocate(losses, limits).levels
+    ratios = tuple(g.levels[i] for g, i in zip(world.space.groups, best, strict=True))
+    near = min(sum(a != b for a, b in zip(ratios, other, strict=True)) for other in scored[30:36])
+    assert near <= 3, "the allocation on the sweep is close to the one on the true losses"
+    assert answer(trials).loss < answer(played(world)[1]).loss
+
+
+def test_budgets_that_tighten_end_at_the_budget() -> None:
+    world = World(0)
+    strategy, trials = played(world, stages=(1.6, 1.0), least=0.9)
+    macs = world.costs["macs"]
+    uses = [macs.predict(trials[e.trial].candidate.ratios) / world.budgets[0].limit for e in strategy.walked]
+    assert max(uses[:20]) > 1
+    assert max(uses[20:]) <= 1
+    assert answer(trials).feasible
+
+
+def test_a_missed_measurement_is_bounded_anew() -> None:
+    world = World(0, bias=0.05)
+    world.budgets = (dataclasses.replace(world.budgets[0], limit=world.budgets[0].limit / 1.05),)
+    _, trials = played(world, least=0.97)
+    measured = [t for t in trials if t.candidate.measure]
+    assert measured[0].feasible is False
+    assert measured[-1].feasible
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"episodes": 0}, "amc: episodes >= 1 must hold, got episodes=0"),
+        ({"warm_up": 50}, "amc: 1 <= warm_up <= episodes must hold, got warm_up=50"),
+        ({"agent": "ppo"}, "amc: agent must be ddpg, td3 or sac, got agent=ppo"),
+        ({"reward": "speed"}, "amc: reward must be one of accuracy, accuracy_guaranteed, got reward=speed"),
+        ({"credit": "none"}, "amc: credit must be one of every_step, monte_carlo, got credit=none"),
+        ({"tau": 0.0}, "amc: 0 < tau <= 1 must hold, got tau=0.0"),
+        ({"hidden": ()}, r"amc: hidden must be widths >= 1, got hidden=\(\)"),
+        ({"stages": ()}, r"amc: stages must be fractions >= 1, at least one, got stages=\(\)"),
+        ({"finalists": 0}, "amc: finalists >= 1 must hold, got finalists=0"),
+        ({"recovery": "long"}, "recovery must be one of short, probe, none, got 'long'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    world = World(0)
+    with pytest.raises(InputError, match=message):
+        Amc(world.space, world.budgets, world.costs, **{**QUICK, **settings})
