@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from autoprune.report import Screen
 
 GROUPS = ("task", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
+FREE = ("settings=", "settings.")  # what may have keys that no YAML names
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -154,7 +155,7 @@ def _compare(words: Sequence[str]) -> int:
     strategies = compare.planned(config["strategies"], config["evaluations"], config["settings"])
     settings = _search_settings(config)
     task = make_task(config["task"])
-    lists = ("budget", "strategies", "seeds", "name", "output", "settings")
+    lists = ("budget", "strategies", "seeds", "name", "output")
     kept = {key: value for key, value in config.items() if key not in lists}
     name = config["name"] or hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
     folder = _run_folder(config, task.name, "compare", name)
@@ -285,6 +286,7 @@ def _compose(command: str, words: Sequence[str]) -> dict[str, Any]:
 
     try:
         own_task, rest = _own_task(words, OverridesParser.create())
+        rest = ["++" + word if word.startswith(FREE) else word for word in rest]
         with initialize_config_dir(str(CONF.resolve()), version_base=None):
             config = compose(command, overrides=rest)
             plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])

@@ -207,9 +207,7 @@ def read(file: Path) -> tuple[Row, ...]:
                 for values in csv.DictReader(opened)
             )
     except (OSError, KeyError, ValueError) as error:
-        raise InputError(
-            f"{file} is not of a comparison ({type(error).__name__}: {error}): give another name="
-        ) from error
+        raise InputError(f"{file} is of no comparison ({type(error).__name__}: {error}): give another name=") from error
 
 
 def _append(file: Path, row: Row) -> None:

@@ -5,17 +5,27 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from test_run import QUICK as BRIEF
+from test_run import searched
+from tiny import make_task
+from zoo import ZOO
 
+import autoprune
+from autoprune import report
 from autoprune.allocate import allocate
 from autoprune.bound import Bound
 from autoprune.core import Budget, CostModel, InputError, PruningSpace, Strategy, Trial
+from autoprune.evaluate import Scoring
 from autoprune.loop import search
+from autoprune.meters.table import CountedCost
 from autoprune.pruning_env import FEATURES, LayerPruningEnv
+from autoprune.space import trace
 from autoprune.strategies.amc import Amc
 from autoprune.testing import StrategyContract, World, answer
 from autoprune.testing.worlds import random_state
@@ -59,6 +69,31 @@ def test_every_episode_ends_inside_the_budget(limit: float, least: float) -> Non
     for _ in range(100):
         levels, _ = walked(env, rng.uniform(size=8))
         assert env.bound.keeps(levels)
+
+
+def real_space(name: str) -> tuple[PruningSpace, CostModel]:
+    """The space of a network of the zoo, or of a chain of 40 groups, and its MACs."""
+    if name == "40 groups":
+        world = World(0, groups=40)
+        return world.space, world.costs["macs"]
+    traced = trace(ZOO[name].build().eval(), ZOO[name].inputs(), levels=8)
+    return traced.space, CountedCost("macs", "MACs", traced.space, (traced.macs,))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "mobilenetv2", "densenet", "40 groups"])
+def test_a_thousand_random_episodes_end_inside_the_budget(name: str) -> None:
+    """Plain, residual, depthwise, concat, and many groups; with the paper's bound and with ours."""
+    space, macs = real_space(name)
+    budget, rng = Budget("macs", 0.5 * macs.predict(space.dense()), "MACs"), np.random.default_rng(0)
+    for least in (0.0, 0.95):
+        env = LayerPruningEnv(space, (budget,), {"macs": macs}, evaluate=lambda ratios: 0.0, least=least)
+        for _ in range(500):
+            levels, _ = walked(env, rng.uniform(size=len(space.groups)))
+            assert macs.predict(env.bound.ratios(levels)) <= budget.limit
+        kept, _ = walked(env, [1.0] * len(space.groups))
+        larger = [(*kept[:g], level - 1, *kept[g + 1 :]) for g, level in enumerate(kept) if level]
+        assert larger
+        assert not any(env.bound.keeps(levels) for levels in larger), "one level more of any group would have fitted"
 
 
 def test_an_agent_that_keeps_everything_ends_within_one_level_of_the_budget() -> None:
@@ -240,6 +275,27 @@ def test_a_missed_measurement_is_bounded_anew() -> None:
     measured = [t for t in trials if t.candidate.measure]
     assert measured[0].feasible is False
     assert measured[-1].feasible
+
+
+def test_a_search_by_its_name_shows_its_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    strategy = {"_target_": "autoprune.strategies.amc.Amc", "episodes": 10, "warm_up": 5, "hidden": [16]}
+    result = searched(make_task(), budget="flops_50pct", strategy=strategy, final=BRIEF)
+    assert result.met
+    assert len(result.episodes) == 10
+    report.write(result, tmp_path)
+    report.show(result, tmp_path)
+    assert "Episodes" in (tmp_path / "report.html").read_text()
+    assert "in the warm-up (mean)" in capsys.readouterr().out
+
+
+def test_the_environment_of_a_task_pays_what_its_network_scores() -> None:
+    task = make_task()
+    env = autoprune.environment(task, budget="flops_50pct", scoring=Scoring(images=100, recalibration=1))
+    actions = [0.6] * len(env.space.groups)
+    levels, reward = walked(env, actions)
+    assert 0.1 < reward <= 1
+    assert walked(env, actions) == (levels, reward)
+    assert env.bound.keeps(levels)
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ def test_after_a_sweep_cuts_of_several_groups_compete() -> None:
     for trial in several:
         parent = trials[trial.candidate.parent or 0].candidate.ratios
         assert sum(a != b for a, b in zip(trial.candidate.ratios, parent, strict=True)) > 1
-        assert trial.costs["macs"].value <= float(trial.candidate.about["target macs"]) * (1 + world._bias + 1e-9)
+        assert trial.costs["macs"].value <= float(trial.candidate.about["target macs"]) * (1 + world.bias + 1e-9)
     compared = {n for made in strategy.trace[1:] for n in made.proposals}
     assert {t.number for t in several} & compared
     assert any(trials[made.winner].candidate.about["group"] == "several" for made in strategy.trace[1:])

@@ -34,7 +34,7 @@ def test_an_improvement_counts_as_no_loss() -> None:
 
 def test_insensitive_and_impossible_groups_are_said() -> None:
     world = World(1)
-    world._weights[2] = 0.0
+    world.weights[2] = 0.0
     world.fails = lambda ratios: ratios[4] > 0
     strategy = Sensitivity(world.space, world.budgets, world.costs, refinements=0)
 
@@ -58,7 +58,7 @@ def test_without_interaction_the_answer_is_the_optimum() -> None:
     strategy = Sensitivity(world.space, world.budgets, world.costs, sweep_levels=4, refinements=0)
 
     def separable(ratios: tuple[float, ...]) -> float:
-        return float(0.3 + world._weights @ np.asarray(ratios) ** world._powers)
+        return float(0.3 + world.weights @ np.asarray(ratios) ** world.powers)
 
     def evaluate(batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         for trial in world.evaluate(batch):

@@ -46,15 +46,15 @@ class World:
         cost = CountedCost("macs", "MACs", self.space, ((ends, *chain),))
         self.costs: dict[str, CostModel] = {"macs": cost}
         self.budgets = (Budget("macs", limit * cost.predict(self.space.dense()) * (1 + bias), "MACs"),)
-        self._weights = 10 ** rng.uniform(-2, 0, groups)
-        self._powers = rng.uniform(1.5, 4, groups)
-        self._bias = bias
+        self.weights = 10 ** rng.uniform(-2, 0, groups)
+        self.powers = rng.uniform(1.5, 4, groups)
+        self.bias = bias
         self.fails: Callable[[Sequence[float]], bool] = lambda ratios: False
 
     def loss(self, ratios: Sequence[float]) -> float:
         """The true loss of a candidate."""
         r = np.asarray(ratios)
-        return float(0.3 + self._weights @ r**self._powers + 0.05 * (r[1:] * r[:-1]).sum())
+        return float(0.3 + self.weights @ r**self.powers + 0.05 * (r[1:] * r[:-1]).sum())
 
     def evaluate(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         """Candidates to trials, as an Evaluator does."""
@@ -65,7 +65,7 @@ class World:
                 continue
             predicted = self.costs["macs"].predict(candidate.ratios)
             kind = "counted" if candidate.measure else "predicted"
-            value = predicted * (1 + self._bias) if candidate.measure else predicted
+            value = predicted * (1 + self.bias) if candidate.measure else predicted
             cost = Measurement.exact(value, "MACs", kind)  # type: ignore[arg-type]
             loss = self.loss(candidate.ratios)
             yield Trial(
