@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 from autoprune.borrowing import arguments, seeded
 from autoprune.components import described
-from autoprune.core import InputError, Task
+from autoprune.core import InputError, PruningSpace, Strategy, Task
+
+LOG = logging.getLogger("autoprune")
 
 
 def check_task(task: Task) -> None:
@@ -91,3 +95,17 @@ def _check_scoring(where: str, task: Task, batch: Any) -> None:
         raise InputError(f"{where}: {step} fails on a search batch: {described(error)}") from error
     if not math.isfinite(loss) or not math.isfinite(score):
         raise InputError(f"{where}: loss {loss} and metric {score} of a search batch must be finite")
+
+
+def check_settings(build: Callable[..., Strategy], space: PruningSpace, *, seed: int) -> None:
+    """Let a strategy refuse its settings before anything is measured: built once without a budget.
+
+    Raises:
+        InputError: what the strategy says of its settings; any other trouble waits until it is built in earnest.
+    """
+    try:
+        build(space, (), {}, seed=seed)
+    except InputError:
+        raise
+    except Exception as error:  # noqa: BLE001, a strategy may need a budget, or groups
+        LOG.debug("%s without a budget: %s", build, error)

@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from autoprune.report import Screen
 
 GROUPS = ("task", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
-FREE = ("settings=", "settings.")  # what may have keys that no YAML names
+FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),
     str: ((str, type(None)), "text"),
+    list: ((list,), "a list"),
 }
 FOLDER_COMMANDS = {
     "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
@@ -107,7 +108,7 @@ def _search(words: Sequence[str]) -> int:
     budgets = _budgets(config["budget"])
     settings = _search_settings(config)
     task = make_task(config["task"])
-    folder = _run_folder(config, task.name, _short_name(config["strategy"]["_target_"]))
+    folder = _run_folder(config, task.name, _short_name(config["strategy"]))
     with _watched() as screen:
         result = run.search(
             task,
@@ -151,14 +152,16 @@ def _compare(words: Sequence[str]) -> int:
     from autoprune import compare, report
 
     given = config["budget"] if isinstance(config["budget"], list) else [config["budget"]]
-    budgets = [_budgets(budget) for budget in given]
+    budgets = [tuple(_budgets(budget)) for budget in given]
     strategies = compare.planned(config["strategies"], config["evaluations"], config["settings"])
+    compare.check(budgets, config["seeds"])
     settings = _search_settings(config)
     task = make_task(config["task"])
-    lists = ("budget", "strategies", "seeds", "name", "output")
-    kept = {key: value for key, value in config.items() if key not in lists}
-    name = config["name"] or hashlib.sha256(repr(sorted(kept.items())).encode()).hexdigest()[:8]
-    folder = _run_folder(config, task.name, "compare", name)
+    lists = ("budget", "strategies", "seeds", "name", "output", "settings")
+    identity = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if k not in lists)).encode()).hexdigest()[
+        :8
+    ]
+    folder = _run_folder(config, task.name, "compare", str(config["name"] or identity))
     with _watched() as screen:
         rows = compare.compare(
             task,
@@ -166,11 +169,13 @@ def _compare(words: Sequence[str]) -> int:
             strategies=strategies,
             seeds=config["seeds"],
             folder=folder,
+            identity=identity,
             progress=screen,
             **settings,
         )
     report.show_comparison(compare.table(rows), [folder / name for name in compare.FILES])
-    return MET if all(row.met for row in rows) else NOT_MET
+    wanted = len(budgets) * len(strategies) * len(config["seeds"])
+    return MET if len(rows) == wanted and all(row.met for row in rows) else NOT_MET
 
 
 def _profile(words: Sequence[str]) -> int:
@@ -286,7 +291,8 @@ def _compose(command: str, words: Sequence[str]) -> dict[str, Any]:
 
     try:
         own_task, rest = _own_task(words, OverridesParser.create())
-        rest = ["++" + word if word.startswith(FREE) else word for word in rest]
+        if command == "compare":
+            rest = ["++" + word if word.startswith(FREE) else word for word in rest]
         with initialize_config_dir(str(CONF.resolve()), version_base=None):
             config = compose(command, overrides=rest)
             plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
@@ -374,11 +380,10 @@ def _budgets(value: Any) -> list[str]:
     return texts
 
 
-def _short_name(target: str) -> str:
-    from autoprune.components import spec
+def _short_name(values: Mapping[str, Any]) -> str:
+    from autoprune.components import named
 
-    shipped = (name for name in names("strategy") if spec("strategy", name)["_target_"] == target)
-    return next(shipped, target.rpartition(".")[2].lower())
+    return named("strategy", values).rpartition(".")[2].lower()
 
 
 def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None = None) -> Path:

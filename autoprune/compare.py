@@ -1,4 +1,5 @@
-"""Strategies side by side: the same task, budgets and seeds, as many candidates each; one table and one plot.
+"""Strategies side by side: the same task, budgets and seeds, and as many candidates where a strategy counts them; one
+table and one plot.
 
 Letters: S seeds.
 """
@@ -6,10 +7,13 @@ Letters: S seeds.
 from __future__ import annotations
 
 import csv
+import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,8 @@ from scipy.stats import t as student
 
 from autoprune import components, run
 from autoprune.borrowing import first, seeded
-from autoprune.core import InputError, Progress, Silent, Task
+from autoprune.checks import check_seed, check_settings
+from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, Task
 from autoprune.final import test
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.recover import recalibrate
@@ -31,7 +36,8 @@ RECALIBRATION = 20  # training batches for the statistics of answers that are no
 class Row:
     """One search. use: the largest fraction of a limit that its network takes. recalibrated, fine_tuned: the metric on
     the test split, of the answer with recalibrated batch normalisation only and after the final fine-tune; dense: of
-    the dense network. candidates: how many were scored, finalists included; seconds: what that took."""
+    the dense network. trials: how many candidates were scored, finalists and answers included; seconds: from the first
+    to the last, with what the strategy thought between. made_of: a digest of all settings."""
 
     budget: str
     strategy: str
@@ -41,8 +47,9 @@ class Row:
     dense: float
     recalibrated: float
     fine_tuned: float
-    candidates: int
+    trials: int
     seconds: float
+    made_of: str
 
 
 def planned(
@@ -51,58 +58,99 @@ def planned(
     """The strategies of conf/strategy/ with these names, those that count candidates allowed so many.
 
     Raises:
-        InputError: no such strategy, settings of one that is not compared, or fewer than 4 evaluations.
+        InputError: no such strategy, settings that one does not take or of one that is not compared, or fewer than 4
+        evaluations.
     """
     if not names:
         raise InputError(f"strategies is empty: give some of {', '.join(components.names('strategy'))}")
     if evaluations < 4:
         raise InputError(f"evaluations >= 4 must hold, got evaluations={evaluations}")
-    if unknown := sorted(set(settings) - set(names)):
+    if unknown := sorted(set(settings) - set(map(str, names))):
         raise InputError(f"settings.{unknown[0]}: '{unknown[0]}' is not among the strategies compared")
     found = {}
-    for name in names:
-        values = components.spec("strategy", name)
+    for name in map(str, names):
+        values, own = components.spec("strategy", name), settings.get(name, {})
+        if not isinstance(own, Mapping):
+            raise InputError(f"settings.{name} must be a mapping of the strategy's keys, got {own!r}")
         if "episodes" in values:
             values["episodes"] = evaluations
         if "warm_up" in values:
             values["warm_up"] = min(values["warm_up"], evaluations // 4)
-        found[name] = values | dict(settings.get(name, {}))
+        found[name] = values | dict(own)
+        build = components.bind(found[name], f"settings.{name}", (), (), {}, seed=0)
+        check_settings(build, PruningSpace(()), seed=0)
     return found
+
+
+def check(budgets: Sequence[Sequence[str]], seeds: Sequence[int]) -> None:
+    """Raises InputError where there is no budget or no seed, or one twice."""
+    for name, values in (("budget", budgets), ("seeds", seeds)):
+        if not values:
+            raise InputError(f"{name} is empty: give at least one")
+        if len(set(values)) < len(values):
+            raise InputError(f"{name} has one of {list(values)} twice: each is compared once")
+    for seed in seeds:
+        check_seed(seed)
 
 
 def compare(
     task: Task,
     *,
-    budgets: Sequence[str | Sequence[str]],
+    budgets: Sequence[Sequence[str]],
     strategies: Mapping[str, Mapping[str, Any]],
     seeds: Sequence[int],
     folder: Path,
+    identity: str = "",
     progress: Progress = Silent(),
     **settings: Any,
 ) -> tuple[Row, ...]:
-    """Search with every strategy under every budget from every seed; rows that the folder holds are not made again.
+    """Search with every strategy under every budget from every seed; rows that the folder holds are not made again. A
+    search that fails is said and left out.
 
-    settings: as of run.search. What a comparison is made of (task, settings) is the caller's to keep the same.
+    identity: what stands for the task and for the settings, which are as of run.search.
+
+    Raises:
+        InputError: the folder holds a row that was made of other settings.
     """
-    file = folder / FILES[0]
+    file, rows = folder / FILES[0], []
     made = {(row.budget, row.strategy, row.seed): row for row in read(file)}
-    wanted = [(budget, name, seed) for seed in seeds for budget in budgets for name in strategies]
-    for budget, name, seed in wanted:
-        asked = (budget,) if isinstance(budget, str) else tuple(budget)
-        key = ("+".join(asked), name, seed)
-        if key not in made:
+    for seed, budget, name in product(seeds, budgets, strategies):
+        key = ("+".join(budget), name, seed)
+        row, digest = made.get(key), _digest(identity, strategies[name])
+        if row is not None and row.made_of != digest:
+            raise InputError(f"{file} has {name} under {key[0]}, seed {seed}, of other settings: give another name=")
+        if row is None:
             progress.say(f"{name} under {key[0]}, seed {seed}")
-            values = strategies[name]
-            result = run.search(task, budget=asked, strategy=values, seed=seed, progress=progress, **settings)
-            made[key] = _row(task, result, key)
-            _append(file, made[key])
-    rows = tuple(made["+".join([b] if isinstance(b, str) else b), name, seed] for b, name, seed in wanted)
-    (folder / FILES[1]).write_text("\n".join(table(rows)) + "\n")
-    (folder / FILES[2]).write_text(plot(rows))
-    return rows
+            study = f"comparison {folder.name}: {name} {key[0]} seed {seed} ({digest})"
+            try:
+                result = run.search(
+                    task,
+                    budget=budget,
+                    strategy=strategies[name],
+                    seed=seed,
+                    study_name=study,
+                    progress=progress,
+                    **settings,
+                )
+            except (InputError, DeviceLostError):
+                raise
+            except RuntimeError as error:
+                progress.say(f"{name} under {key[0]}, seed {seed} failed and is left out: {error}")
+                continue
+            row = _row(task, result, key, digest)
+            _append(file, row)
+        rows.append(row)
+        (folder / FILES[1]).write_text("\n".join(table(rows)) + "\n")
+        (folder / FILES[2]).write_text(plot(rows))
+    return tuple(rows)
 
 
-def _row(task: Task, result: Result, key: tuple[str, str, int]) -> Row:
+def _digest(identity: str, strategy: Mapping[str, Any]) -> str:
+    made_of = repr((identity, sorted(strategy.items()), version("autoprune")))
+    return hashlib.sha256(made_of.encode()).hexdigest()[:8]
+
+
+def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str) -> Row:
     plain = result.table.prune(task.model, task.inputs)
     with seeded(key[2]):
         recalibrate(plain, first(task.train, RECALIBRATION))
@@ -116,8 +164,9 @@ def _row(task: Task, result: Result, key: tuple[str, str, int]) -> Row:
         dense=result.scores.test_dense,
         recalibrated=recalibrated,
         fine_tuned=result.scores.test_recovered,
-        candidates=sum(not t.candidate.measure for t in result.trials),
-        seconds=round(sum(t.seconds for t in result.trials), 1),
+        trials=len(result.trials),
+        seconds=round(result.seconds_searching, 1),
+        made_of=digest,
     )
 
 
@@ -127,7 +176,7 @@ def _row(task: Task, result: Result, key: tuple[str, str, int]) -> Row:
 def table(rows: Sequence[Row]) -> list[str]:
     """A Markdown table, a line for each budget and strategy: means over the seeds with their 95 % interval."""
     lines = [
-        "| budget | strategy | met | of the limit | recalibrated only | fine-tuned | against dense | candidates | s |",
+        "| budget | strategy | met | of the limit | recalibrated only | fine-tuned | against dense | trials | s |",
         "|---" * 9 + "|",
     ]
     for budget, strategy in dict.fromkeys((row.budget, row.strategy) for row in rows):
@@ -137,9 +186,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells += [with_half_width([100 * row.recalibrated for row in own])]
         cells += [with_half_width([100 * row.fine_tuned for row in own])]
         cells += [f"{100 * statistics.mean(row.fine_tuned - row.dense for row in own):+.2f}"]
-        cells += [
-            f"{statistics.mean(value):.0f}" for value in zip(*((r.candidates, r.seconds) for r in own), strict=True)
-        ]
+        cells += [f"{statistics.mean(value):.0f}" for value in zip(*((r.trials, r.seconds) for r in own), strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -206,7 +253,7 @@ def read(file: Path) -> tuple[Row, ...]:
                 Row(**{name: kinds[str(kind)](values[name]) for name, kind in Row.__annotations__.items()})
                 for values in csv.DictReader(opened)
             )
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file} is of no comparison ({type(error).__name__}: {error}): give another name=") from error
 
 

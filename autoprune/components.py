@@ -81,9 +81,10 @@ def chosen(group: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def named(group: str, values: Mapping[str, Any]) -> str:
-    """The name in conf/ of the component with this target, else the target itself."""
-    target = str(values["_target_"])
-    return next((name for name in names(group) if spec(group, name)["_target_"] == target), target)
+    """The name in conf/ of the component with these values, else of the first with this target, else the target."""
+    target, shipped = str(values["_target_"]), {name: spec(group, name) for name in names(group)}
+    alike = (name for name, own in shipped.items() if own["_target_"] == target)
+    return next((name for name, own in shipped.items() if own == dict(values)), next(alike, target))
 
 
 def make_task(values: Mapping[str, Any]) -> Task:

@@ -50,23 +50,33 @@ class Ending:
         check_recovery(self.recovery)
 
     def best(
-        self, ranked: Sequence[Levels], worth: Callable[[Trial], float] = lambda trial: trial.score
+        self, scored: Mapping[Levels, Trial], worth: Callable[[Trial], float] = lambda trial: trial.score
     ) -> Conversation:
-        """Recover the first of these candidates, best first, and measure the one of most worth; the smallest network,
-        the closest there is, where nothing was ranked or nothing is predicted to keep the budgets any more."""
-        missed: set[Levels] = set()
+        """Recover those of most worth and measure the best: of what is predicted to keep the budgets first, then of
+        what had to be bounded anew. Where nothing is left, the smallest network is measured, the closest there is."""
+        whole = {levels: trial for levels, trial in scored.items() if trial.error is None}
+        done: set[Levels] = set()
+        answered = False
         for _ in range(self.attempts):
             bound = Bound(self.space, self.budgets, self.costs)
-            if not (ranked and bound.reachable):
-                yield from self.smallest()
-                return
-            walked = dict.fromkeys(levels if bound.keeps(levels) else bound.walked(levels) for levels in ranked)
-            best = [levels for levels in walked if levels not in missed][: self.finalists]
+            ranked = sorted(whole, key=lambda n: (not bound.keeps(n), -worth(whole[n]), whole[n].loss))
+            inside = dict.fromkeys(levels if bound.keeps(levels) else bound.walked(levels) for levels in ranked)
+            best = [levels for levels in inside if levels not in done][: self.finalists] if bound.reachable else []
+            if not best:
+                answered = False
+                break
             measured = yield from self._measured(best, worth)
-            if measured is None or all_met(self.budgets, measured[1].costs) is not False:
+            if measured is None:
+                done |= set(best)
+                continue
+            levels, trial = measured
+            if all_met(self.budgets, trial.costs) is not False:
                 return
-            missed.add(measured[0])
-            self.costs = {name: cost.calibrated([measured[1]]) for name, cost in self.costs.items()}
+            answered = True
+            done.add(levels)
+            self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
+        if not answered:
+            yield from self.smallest()
 
     def smallest(self) -> Conversation:
         """The smallest network measured, with its recovery or the next lesser one that does not fail."""

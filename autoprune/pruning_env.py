@@ -19,7 +19,7 @@ Letters: G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -31,6 +31,7 @@ from autoprune.core import COST_UNITS, Budget, CostModel, InputError, Layer, Pru
 
 FEATURES = ("index", "units_out", "units_in", "height", "width", "stride", "kernel", "cost", "reduced", "rest", "last")
 SMALLEST_UNITS = {"ms": 1e6, "mJ": 1e6, "MB": 1e6}  # how many ns, nJ, bytes
+LEAST_PENALTY = 0.001
 REWARDS = ("accuracy", "accuracy_guaranteed")
 
 Observation = NDArray[np.float32]  # [11], each in [0, 1]
@@ -40,8 +41,9 @@ Action = NDArray[np.float32]  # [1], in [0, 1]
 class LayerPruningEnv(gymnasium.Env[Observation, Action]):
     """Walks the groups of a space and keeps of each what the action says, as far as the budgets allow.
 
-    evaluate: ratios, one a group -> score, higher is better; asked once an episode. reward: "accuracy", the score
-    itself, or "accuracy_guaranteed", -(1 - score) x log(cost), the cost being the first budget's (paper, section 3.3).
+    evaluate: ratios, one a group -> score, higher is better, or None if it failed; asked once an episode. reward:
+    "accuracy", the score itself, or "accuracy_guaranteed", -(1 - score) x log(cost), the cost being the first budget's
+    (paper, section 3.3). least: see Bound.
 
     Observation [11] in [0, 1], see FEATURES: the group's number, its units, its layer's units read, height and width of
     what it makes, stride, kernel; what the group alone can save, what is saved so far and what later groups can still
@@ -61,7 +63,7 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
         budgets: Sequence[Budget],
         costs: Mapping[str, CostModel],
         *,
-        evaluate: Callable[[tuple[float, ...]], float],
+        evaluate: Callable[[tuple[float, ...]], float | None],
         reward: str = "accuracy",
         least: float = 0.0,
     ) -> None:
@@ -76,6 +78,7 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
         self._dense_cost = self._cost.predict(space.dense())
         self._shapes = _shapes(space)
         self._savings = [self._saved((*dense[:g], self.bound.deepest[g], *dense[g + 1 :])) for g in range(len(dense))]
+        self._rewards: list[float] = []
         self._chosen: Levels = ()
         self._last = 1.0
 
@@ -109,13 +112,25 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
         if len(self._chosen) < len(self.space.groups):
             return self._observed(), 0.0, False, False, {}
         ratios = self.bound.ratios(self._chosen)
-        value = self.paid(self.evaluate(ratios), ratios)
+        score = self.evaluate(ratios)
+        value = penalty(self._rewards) if score is None else self.paid(score, ratios)
+        if score is not None:
+            self._rewards.append(value)
         return self._observed(), value, True, False, {"levels": self._chosen, "ratios": ratios}
 
     def paid(self, score: float, ratios: Sequence[float]) -> float:
-        """The reward of a network with this score. A score below 0 is an error with its sign turned."""
+        """The reward of a network with this score. A score below 0 is an error with its sign turned.
+
+        Raises:
+            InputError: the reward is of an error, and the score is above 1, so that 1 - score is none.
+        """
         if self.reward == "accuracy":
             return score
+        if score > 1:
+            raise InputError(
+                f"reward=accuracy_guaranteed takes 1 - score for the error, so it must be at most 1, got {score:.4g}: "
+                "give the task a metric in [0, 1], or use reward=accuracy"
+            )
         cost = self.bound.budgets[0].cost
         amount = self.bound.costs[cost].predict(ratios) * SMALLEST_UNITS.get(COST_UNITS[cost], 1.0)
         return -(1 - score if score >= 0 else -score) * math.log(amount)
@@ -141,6 +156,11 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
         values = [here / max(1, count - 1), *self._shapes[here], self._savings[here], reduced, rest, self._last]
         seen: Observation = np.clip(np.asarray(values), 0.0, 1.0).astype(np.float32)
         return seen
+
+
+def penalty(rewards: Collection[float]) -> float:
+    """What a walk that failed is paid: as far below the worst as that is below the best, and below it in any case."""
+    return 2 * min(rewards, default=0.0) - max(rewards, default=0.0) - LEAST_PENALTY
 
 
 def _shapes(space: PruningSpace) -> NDArray[np.float64]:

@@ -43,7 +43,8 @@ class Result:
     dense, predicted, measured: every cost of the dense model, as predicted for the answer, and of the final network.
     findings: what the strategy has to say of single groups. rounds, episodes: its trace, where it has one
     (strategies.netadapt's Round, strategies.amc's Episode). held_out: (predicted, measured) ms of the networks that
-    tell the cost table's error. layers: what each takes before and after. met: whether every budget is kept by
+    tell the cost table's error. layers: what each takes before and after. seconds_searching: from the
+    first trial to the last, earlier ones of a resumed search as they were. met: whether every budget is kept by
     measurement.
     """
 
@@ -68,6 +69,7 @@ class Result:
     evaluations: int
     cache_hits: int
     seconds: float
+    seconds_searching: float
     findings: Mapping[str, str]
     rounds: tuple[Mapping[str, Any], ...]
     episodes: tuple[Mapping[str, Any], ...]
@@ -125,6 +127,7 @@ class Result:
                 "evaluations": self.evaluations,
                 "cache_hits": self.cache_hits,
                 "seconds": self.seconds,
+                "seconds_searching": self.seconds_searching,
                 "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),
             },
             "groups": {

@@ -6,7 +6,6 @@ import copy
 import hashlib
 import itertools
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from autoprune import components, costs, loop
 from autoprune import final as last_steps
 from autoprune.borrowing import check_writable, first, seeded
-from autoprune.checks import check_place, check_seed, check_task
+from autoprune.checks import check_place, check_seed, check_settings, check_task
 from autoprune.core import (
     Budget,
     Candidate,
@@ -49,7 +48,6 @@ from autoprune.study import Study, check_storage
 from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
 
-LOG = logging.getLogger("autoprune")
 Kind = TypeVar("Kind")
 
 
@@ -118,7 +116,7 @@ def search(
         cache=cache,
         readings=readings,
         progress=progress,
-        check=lambda traced: _check_settings(build, traced, seed),
+        check=lambda traced: check_settings(build, traced.space, seed=seed),
     )
     evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
     found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
@@ -163,7 +161,7 @@ def environment(
     progress: Progress = Silent(),
 ) -> LayerPruningEnv:
     """The Gymnasium environment that `amc` walks, for any agent to learn on: an episode ends with the score of the
-    network it came to, cut and recovered as asked, on the search split. A candidate that fails is paid 0.
+    network it came to, cut and recovered as asked, on the search split.
 
     reward: see LayerPruningEnv. recovery: what a network gets before it is scored. Other arguments as of `search`.
 
@@ -188,9 +186,9 @@ def environment(
     )
     numbers = itertools.count()
 
-    def evaluate(ratios: tuple[float, ...]) -> float:
+    def evaluate(ratios: tuple[float, ...]) -> float | None:
         (trial,) = prepared.evaluator([(next(numbers), Candidate(ratios=ratios, recovery=recovery))])
-        return 0.0 if trial.error else trial.score
+        return None if trial.error else trial.score
 
     prices = prepared.prices
     return LayerPruningEnv(prices.traced.space, prices.steered, prices.limited, evaluate=evaluate, reward=reward)
@@ -350,20 +348,6 @@ def _built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) 
     return made
 
 
-def _check_settings(build: Callable[..., Strategy], traced: TracedModel, seed: int) -> None:
-    """Let a strategy refuse its settings before anything is measured: built once without a budget.
-
-    Raises:
-        InputError: what the strategy says of its settings; any other trouble waits until it is built in earnest.
-    """
-    try:
-        build(traced.space, (), {}, seed=seed)
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001, a strategy may need a budget
-        LOG.debug("%s without a budget: %s", build, error)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Found:
     """The answer and its network, whose costs are `known` where they were measured just now; what Result keeps of how
@@ -384,6 +368,7 @@ def _left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progr
         progress.say(_already(text, limit, known[limit.cost]))
     answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
     record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
+    record["seconds_searching"] = 0.0
     return _Found(answer=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
 
 
@@ -391,24 +376,28 @@ def _found(
     planner: Strategy, evaluator: Evaluator, prices: Costs, study: Study, plan: FineTune, progress: Progress
 ) -> _Found:
     """The best answer of the whole conversation, fine-tuned."""
-    trials = _converse(planner, evaluator, study, progress)
+    began = time.perf_counter()
+    trials, replayed = _converse(planner, evaluator, study, progress)
+    seconds = time.perf_counter() - began + sum(trial.seconds for trial in trials[:replayed])
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = _best(trials, prices.steered, prices.limits)
     model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
-    record = {"trials": trials, "study": study.name, "findings": findings}
+    record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
     record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
     return _Found(answer=answer, model=model, record=record)
 
 
-def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress) -> tuple[Trial, ...]:
-    """The loop, with the study as its record and its memory."""
+def _converse(
+    planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress
+) -> tuple[tuple[Trial, ...], int]:
+    """The loop, with the study as its record and its memory: all trials, and how many of them were remembered."""
     history = _settled(study.trials())
     keeps = getattr(planner, "parents", False)
     evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
     if history:
         progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
-    return loop.search(
+    trials = loop.search(
         planner,
         evaluator,
         study.record,
@@ -416,6 +405,7 @@ def _converse(planner: Strategy, evaluator: Evaluator, study: Study, progress: P
         on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
         on_trial=lambda trial: progress.step(),
     )
+    return trials, len(history)
 
 
 def _settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:

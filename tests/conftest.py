@@ -8,8 +8,19 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes share two cores, and torch is not here yet
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+
+MEASURING = ("test_latency", "test_profile", "test_measured_search", "test_remote", "test_resident", "test_energy")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What measures runs in one process, one after the other."""
+    for item in items:
+        if item.path.stem in MEASURING:
+            item.add_marker(pytest.mark.xdist_group("measuring"))
 
 
 @pytest.fixture(autouse=True)

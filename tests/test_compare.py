@@ -24,8 +24,9 @@ def row(strategy: str, seed: int, fine_tuned: float) -> Row:
         dense=0.93,
         recalibrated=0.8,
         fine_tuned=fine_tuned,
-        candidates=10,
+        trials=10,
         seconds=3.0,
+        made_of="",
     )
 
 
@@ -44,9 +45,14 @@ def test_a_comparison_is_made_once_and_grows(capsys: pytest.CaptureFixture[str])
     assert (file.parent / "comparison.svg").read_text().startswith("<svg")
     assert "random" in (file.parent / "comparison.md").read_text()
     with file.open(newline="") as opened:
-        candidates = {r["strategy"]: int(r["candidates"]) for r in csv.DictReader(opened)}
-    assert candidates["uniform"] == 0
-    assert candidates["random"] <= 6 + 1, "six, and one finalist"
+        trials = {r["strategy"]: int(r["trials"]) for r in csv.DictReader(opened)}
+    assert trials["uniform"] == 1
+    assert trials["random"] <= 6 + 2, "six, one finalist, and the answer"
+    status, _, err = run(
+        capsys, "compare", *SMALL.split(), "seeds=[0]", "settings.random.finalists=2", f"name={file.parent.name}"
+    )
+    assert status == 2
+    assert "random under flops_50pct, seed 0, of other settings: give another name=" in err
 
 
 @pytest.mark.parametrize(
@@ -57,6 +63,12 @@ def test_a_comparison_is_made_once_and_grows(capsys: pytest.CaptureFixture[str])
         ("evaluations=3", "evaluations >= 4 must hold, got evaluations=3"),
         ("settings.netadapt.screen=1", "settings.netadapt: 'netadapt' is not among the strategies compared"),
         ("settings={random:{speed:1}}", "does not take these arguments"),
+        ("settings.random.band=7", "random: 0 < band <= 1 must hold, got band=7"),
+        ("settings.random=5", "settings.random must be a mapping of the strategy's keys, got 5"),
+        ("seeds=[]", "seeds is empty"),
+        ("seeds=[0,0]", "seeds has one of [0, 0] twice"),
+        ("seeds=3", "seeds must be a list, got 3"),
+        ("strategies=uniform", "strategies must be a list, got 'uniform'"),
         ("budget=speed_50pct", "unknown cost 'speed'"),
     ],
 )

@@ -54,6 +54,8 @@ def test_the_papers_amc_differs_where_it_is_said_to() -> None:
     ours, papers = components.spec("strategy", "amc"), components.spec("strategy", "amc_paper")
     different = {key: papers[key] for key in ours if ours[key] != papers[key]}
     assert different == {"actor_lr": 1e-4, "credit": "every_step", "index": "scalar", "decay": 0.95, "least": 0.0}
+    assert components.named("strategy", papers) == "amc_paper"
+    assert components.named("strategy", ours | {"episodes": 10}) == "amc"
     world = World(0)
     components.bind(papers, "strategy", (), (), {}, seed=0)(world.space, world.budgets, world.costs, seed=0)
 

@@ -26,7 +26,7 @@ Letters: G groups, L levels of one group, T transitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -50,7 +50,7 @@ from autoprune.core import (
     check_rules,
 )
 from autoprune.finalists import Conversation, Ending
-from autoprune.pruning_env import FEATURES, REWARDS, LayerPruningEnv, Observation
+from autoprune.pruning_env import FEATURES, REWARDS, LayerPruningEnv, Observation, penalty
 
 if TYPE_CHECKING:
     from stable_baselines3.common.buffers import ReplayBuffer
@@ -169,6 +169,8 @@ class Amc(Scripted):
             "sigma > 0": sigma > 0,
             "0 < decay <= 1": 0 < decay <= 1,
             "0 <= least <= 1": 0 <= least <= 1,
+            "least must be 0 with reward=accuracy_guaranteed, which looks for the smallest network": least == 0
+            or reward == "accuracy",
             "allocations must be fractions > 0": all(fraction > 0 for fraction in allocations),
             "stages must be fractions >= 1, at least one": bool(stages) and all(factor >= 1 for factor in stages),
         }
@@ -207,23 +209,34 @@ class Amc(Scripted):
             return
         env = self._env(1.0)
         agent = _Agent(self._learner, env, seed=self.seed)
+        free = self._env(1.0, least=0.0)
         for levels in (yield from self._allocated()):
-            yield from self._lived(env, agent, [_walked_to(env, levels)], number=None)
-        for start in range(0, self.episodes, self.batch):
-            here = self._env(self.stages[start * len(self.stages) // self.episodes])
-            numbers = range(start, min(start + self.batch, self.episodes))
-            yield from self._lived(env, agent, [self._walk(here, agent, n) for n in numbers], number=start)
+            yield from self._lived(env, agent, [_walked_to(free, levels)], number=None)
+        for numbers, factor in self._batches():
+            here = self._env(factor)
+            yield from self._lived(env, agent, [self._walk(here, agent, n) for n in numbers], number=numbers[0])
             if numbers[-1] + 1 >= self.warm_up:
-                agent.train(len(numbers) * len(self.space.groups), number=start)
-        whole = [levels for levels, trial in self._scored.items() if trial.error is None]
-        ranked = sorted(whole, key=lambda levels: -self._paid(env, levels))
-        yield from self._ending.best(ranked, worth=lambda trial: env.paid(trial.score, trial.candidate.ratios))
+                agent.train(len(numbers) * len(self.space.groups), number=numbers[0])
+        yield from self._ending.best(self._scored, lambda trial: env.paid(trial.score, trial.candidate.ratios))
 
-    def _env(self, factor: float) -> LayerPruningEnv:
+    def _batches(self) -> Iterator[tuple[range, float]]:
+        """Episodes that go out together, with their stage's multiple of the limits; a batch ends with the warm-up, and
+        with a stage."""
+        share = self.episodes / len(self.stages)
+        borders = [round(share * stage) for stage in range(len(self.stages) + 1)]
+        start = 0
+        while start < self.episodes:
+            stage = max(n for n in range(len(self.stages)) if borders[n] <= start)
+            end = min(b for b in (start + self.batch, borders[stage + 1], self.warm_up, self.episodes) if b > start)
+            yield range(start, end), self.stages[stage]
+            start = end
+
+    def _env(self, factor: float, least: float | None = None) -> LayerPruningEnv:
         """The environment under this multiple of the limits; it is paid from outside."""
+        least = self.least if least is None else least
         budgets = [replace(budget, limit=factor * budget.limit) for budget in self.budgets]
         return LayerPruningEnv(
-            self.space, budgets, self.costs, evaluate=lambda _: math.nan, reward=self.reward, least=self.least
+            self.space, budgets, self.costs, evaluate=lambda _: math.nan, reward=self.reward, least=least
         )
 
     def _lived(
@@ -255,8 +268,7 @@ class Amc(Scripted):
         trial = self._scored[levels]
         if trial.error is None:
             return env.paid(trial.score, trial.candidate.ratios)
-        rewards = [env.paid(t.score, t.candidate.ratios) for t in self._scored.values() if t.error is None]
-        return 2 * min(rewards, default=0.0) - max(rewards, default=0.0)
+        return penalty([env.paid(t.score, t.candidate.ratios) for t in self._scored.values() if t.error is None])
 
     def _allocated(self) -> Generator[list[Candidate], Sequence[Trial], list[Levels]]:
         """The exact allocations that were asked for, on the loss increases of a sweep."""

@@ -96,7 +96,7 @@ class OptunaSampler(Scripted):
         study = optuna.create_study(directions=directions, sampler=self._sampler)
         scored: dict[Levels, Trial] = {}
         for start in range(0, self.episodes, self.batch):
-            asked = [study.ask(self._distributions()) for _ in range(min(self.batch, self.episodes - start))]
+            asked = [self._asked(study) for _ in range(min(self.batch, self.episodes - start))]
             drawn = [self._levels(bound, trial.params) for trial in asked]
             unseen = [levels for levels in dict.fromkeys(drawn) if levels not in scored]
             if unseen:
@@ -104,9 +104,16 @@ class OptunaSampler(Scripted):
                 scored |= zip(unseen, trials, strict=True)
             for trial, levels in zip(asked, drawn, strict=True):
                 self._tell(study, trial, scored[levels], self._uses(bound, levels))
-        kept = [levels for levels, trial in scored.items() if trial.error is None and bound.keeps(levels)]
-        kept = kept or [bound.walked(levels) for levels, trial in scored.items() if trial.error is None]
-        yield from self._ending.best(sorted(kept, key=lambda n: -scored[n].score if n in scored else 0.0))
+        yield from self._ending.best(scored)
+
+    def _asked(self, study: optuna.Study) -> optuna.Trial:
+        """Raises InputError where the sampler cannot draw such parameters, or not for so many objectives."""
+        try:
+            return study.ask(self._distributions())
+        except (ValueError, NotImplementedError, ImportError) as error:
+            raise InputError(
+                f"optuna: {type(self._sampler).__name__} cannot be used with objective={self.objective}: {error}"
+            ) from error
 
     def _distributions(self) -> dict[str, Any]:
         return {group.name: IntDistribution(0, max(1, len(group.levels) - 1)) for group in self.space.groups}
@@ -120,8 +127,8 @@ class OptunaSampler(Scripted):
         return [self.costs[b.cost].predict(bound.ratios(levels)) / b.limit for b in self.budgets]
 
     def _tell(self, study: optuna.Study, asked: optuna.Trial, trial: Trial, uses: Sequence[float]) -> None:
-        for budget, use in zip(self.budgets, uses, strict=True):
-            asked.set_constraint(budget.cost, use - 1)
+        for number, use in enumerate(uses):
+            asked.set_constraint(f"{number} {self.budgets[number].cost}", use - 1)
         if trial.error is not None:
             study.tell(asked, state=TrialState.FAIL)
         else:
@@ -134,6 +141,8 @@ def _sampler(name: str, seed: int, options: Mapping[str, Any]) -> optuna.sampler
     if not (isinstance(kind, type) and issubclass(kind, optuna.samplers.BaseSampler)):
         known = [n for n in dir(optuna.samplers) if n.endswith("Sampler") and n != "BaseSampler"]
         raise InputError(f"optuna: there is no sampler '{name}': strategy.sampler must be one of {', '.join(known)}")
+    if not isinstance(options, Mapping):
+        raise InputError(f"optuna: strategy.options must be a mapping of keyword arguments, got {options!r}")
     draws = "seed" in inspect.signature(kind).parameters
     try:
         return kind(**({"seed": seed} if draws else {}) | dict(options))

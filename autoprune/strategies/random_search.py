@@ -78,9 +78,7 @@ class RandomSearch(Scripted):
         drawn = surface(bound, np.random.default_rng(self.seed), band=self.band, thin=self.thin)
         found = list(dict.fromkeys(islice(drawn, BURN_IN, BURN_IN + self.episodes)))
         trials = yield [Candidate(ratios=bound.ratios(levels), recovery=self.proxy) for levels in found]
-        whole = [(trial, levels) for trial, levels in zip(trials, found, strict=True) if trial.error is None]
-        ranked = [levels for _, levels in sorted(whole, key=lambda pair: (-pair[0].score, pair[0].loss))]
-        yield from self._ending.best(ranked)
+        yield from self._ending.best(dict(zip(found, trials, strict=True)))
 
 
 def surface(bound: Bound, rng: np.random.Generator, *, band: float, thin: int) -> Iterator[Levels]:

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "+ decay=0.99": PAPER | {"least": 0.95, "index": "one_hot", "decay": 0.99},
     "+ actor_lr=1e-3": PAPER | {"least": 0.95, "index": "one_hot", "decay": 0.99, "actor_lr": 1e-3},
     "+ credit=monte_carlo, the default": {},
+    "default, updates=0, which learns nothing": {"updates": 0},
     "default, hidden=[64,64]": {"hidden": (64, 64)},
     "default, updates=4": {"updates": 4},
     "default, warm_up=50": {"warm_up": 50},
@@ -95,7 +96,7 @@ def regret(seeds: int) -> None:
     print("| | mean regret | largest | ahead of uniform | of random | of its warm-up | s |\n" + "|---" * 7 + "|")
     for name in STRATEGIES:
         each = [losses[name, seed] - optimum[seed] for seed in range(seeds)]
-        own = [r for r in rows(file) if r["strategy"] == name]
+        own = [r for r in rows(file) if r["strategy"] == name and int(r["seed"]) < seeds]
         gained = [float(r["gained"]) > 0 for r in own if r["gained"]]
         cells = [f"{statistics.mean(each):.4f}", f"{max(each):.4f}"]
         cells += [str(sum(losses[name, s] < losses[other, s] for s in range(seeds))) for other in ("uniform", "random")]
@@ -113,7 +114,7 @@ def options(seeds: int) -> None:
                 append(file, {"option": option, "seed": seed, **found, "regret": round(found["loss"] - best(world), 5)})
     print("| | mean regret | largest | gained on the warm-up | s |\n" + "|---" * 5 + "|")
     for option in OPTIONS:
-        own = [r for r in rows(file) if r["option"] == option]
+        own = [r for r in rows(file) if r["option"] == option and int(r["seed"]) < seeds]
         print(f"| {option} | {' | '.join(_means(own))} |")
 
 
