@@ -15,7 +15,7 @@ test:
 	$(PYTHON) -m pytest -m "not slow"
 
 test-slow:
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -n 0 -m slow
 
 bench:
 	$(PYTHON) experiments/allocation/scale.py
