@@ -41,11 +41,10 @@ if TYPE_CHECKING:
     from autoprune.result import Result
 
 
-VERDICTS = {
-    True: "[green]met[/]",
-    False: "[bold red]not met[/]; this is the closest found",
-    None: "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine",
-}
+MET = "[green]met[/]"
+NOT_MET = "[bold red]not met[/]"
+NOT_SHOWN = "[bold yellow]not shown to be met[/]: the interval holds the limit"
+UNDECIDED = "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine"
 MODELLED = " [yellow](modelled, not measured)[/]"
 
 
@@ -139,7 +138,8 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
             highlight=False,
         )
     for budget in values["budgets"]:
-        verdict = VERDICTS[budget["met"]] + MODELLED * (budget["kind"] == "modelled")
+        verdict = _verdict(budget["met"], budget["low"], budget["limit"])
+        verdict += "; this is the closest found" * (budget["met"] is False) + MODELLED * (budget["kind"] == "modelled")
         console.print(
             f"budget {budget['asked']}: {with_interval(budget)} of at most {amount(budget['limit'])} "
             f"{budget['unit']}, {verdict}",
@@ -209,9 +209,16 @@ def show_again(folder: Path, then: Measurement, now: Measurement) -> bool:
     for b in json.loads((folder / "result.json").read_text())["budgets"]:
         if b["cost"] == "latency_ms":
             verdict = Budget(b["cost"], b["limit"], b["unit"]).met(now)
-            console.print(f"budget {b['asked']}: {VERDICTS[verdict].partition(';')[0]}", highlight=False)
+            console.print(f"budget {b['asked']}: {_verdict(verdict, now.low, b['limit'])}", highlight=False)
             met = met and bool(verdict)
     return met
+
+
+def _verdict(met: bool | None, low: float, limit: float) -> str:
+    """What is said of a budget; an interval that holds the limit shows neither that it is kept nor that it is not."""
+    if met is None:
+        return UNDECIDED
+    return MET if met else NOT_SHOWN if low <= limit else NOT_MET
 
 
 def _lines(console: Console, *lines: str) -> None:

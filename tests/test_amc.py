@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,17 @@ import autoprune
 from autoprune import report
 from autoprune.allocate import allocate
 from autoprune.bound import Bound
-from autoprune.core import Budget, Candidate, CostModel, InputError, PruningSpace, Strategy, Trial
+from autoprune.core import Budget, Candidate, CostModel, InputError, PruningSpace, Trial
 from autoprune.evaluate import Scoring
 from autoprune.loop import search
 from autoprune.meters.table import CountedCost
 from autoprune.pruning_env import FEATURES, LayerPruningEnv
 from autoprune.space import trace
 from autoprune.strategies.amc import Amc
-from autoprune.testing import StrategyContract, World, answer
+from autoprune.testing import World, answer
 from autoprune.testing.worlds import random_state
 
 QUICK: dict[str, Any] = {"episodes": 40, "warm_up": 20, "hidden": (16, 16)}
-
-
-class TestAmc(StrategyContract):
-    def make(
-        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
-    ) -> Strategy:
-        return Amc(space, budgets, costs, seed=seed, **QUICK)
 
 
 def env_of(world: World, **settings: Any) -> LayerPruningEnv:

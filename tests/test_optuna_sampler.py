@@ -10,13 +10,6 @@ from autoprune.strategies.optuna_sampler import OptunaSampler
 from autoprune.testing import StrategyContract, World, answer
 
 
-class TestTpe(StrategyContract):
-    def make(
-        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
-    ) -> Strategy:
-        return OptunaSampler(space, budgets, costs, seed=seed, episodes=40)
-
-
 class TestTpeInsideTheBudget(StrategyContract):
     def make(
         self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -10,16 +9,9 @@ import pytest
 from scipy.stats import chisquare
 
 from autoprune.bound import Bound
-from autoprune.core import Budget, CostModel, InputError, PruningSpace, Strategy
+from autoprune.core import InputError
 from autoprune.strategies.random_search import RandomSearch, surface
-from autoprune.testing import StrategyContract, World, answer
-
-
-class TestRandomSearch(StrategyContract):
-    def make(
-        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
-    ) -> Strategy:
-        return RandomSearch(space, budgets, costs, seed=seed, episodes=60)
+from autoprune.testing import World, answer
 
 
 def test_every_choice_on_the_surface_is_drawn_as_often() -> None:

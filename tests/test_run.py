@@ -298,3 +298,11 @@ def test_on_cuda() -> None:
 def test_without_cuda_it_is_refused() -> None:
     with pytest.raises(InputError, match=r"evaluator\.device=cuda is not there"):
         searched(scoring=dataclasses.replace(SCORING, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("met", "low", "said"),
+    [(True, 15.0, "met"), (False, 21.0, "not met"), (False, 18.0, "not shown to be met"), (None, 18.0, "undecided")],
+)
+def test_what_is_said_of_a_budget_is_what_was_shown(met: bool | None, low: float, said: str) -> None:
+    assert f"]{said}[/]" in report._verdict(met, low, limit=20.0)

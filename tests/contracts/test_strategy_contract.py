@@ -23,10 +23,17 @@ from autoprune.testing import (
 )
 
 BASELINES = {"uniform"}
+SMALLER = {  # the rules hold for any number of candidates; these take seconds
+    "amc": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
+    "amc_paper": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
+    "optuna": {"episodes": 40},
+    "random": {"episodes": 60},
+}
 
 
 def contract(name: str) -> type[StrategyContract]:
-    build = components.bind(components.spec("strategy", name), "strategy", (), (), {}, seed=0)
+    values = components.spec("strategy", name) | SMALLER.get(name, {})
+    build = components.bind(values, "strategy", (), (), {}, seed=0)
 
     def make(self: Any, space: Any, budgets: Any, costs: Any, *, seed: int) -> Any:
         return build(space, budgets, costs, seed=seed)
