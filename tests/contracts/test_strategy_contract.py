@@ -23,7 +23,7 @@ from autoprune.testing import (
 )
 
 BASELINES = {"uniform"}
-SMALLER = {  # the rules hold for any number of candidates; these take seconds
+SMALLER: dict[str, dict[str, Any]] = {  # the rules hold for any number of candidates; these take seconds
     "amc": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
     "amc_paper": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
     "optuna": {"episodes": 40},
