@@ -31,9 +31,12 @@ SMALLER: dict[str, dict[str, Any]] = {  # the rules hold for any number of candi
 }
 
 
+def values_of(name: str) -> dict[str, Any]:
+    return components.spec("strategy", name) | SMALLER.get(name, {})
+
+
 def contract(name: str) -> type[StrategyContract]:
-    values = components.spec("strategy", name) | SMALLER.get(name, {})
-    build = components.bind(values, "strategy", (), (), {}, seed=0)
+    build = components.bind(values_of(name), "strategy", (), (), {}, seed=0)
 
     def make(self: Any, space: Any, budgets: Any, costs: Any, *, seed: int) -> Any:
         return build(space, budgets, costs, seed=seed)
@@ -76,12 +79,12 @@ import json
 from autoprune import components
 from autoprune.testing import World
 world = World(11)
-build = components.bind(components.spec("strategy", {name!r}), "strategy", (), (), {{}}, seed=3)
+build = components.bind({values_of(name)!r}, "strategy", (), (), {{}}, seed=3)
 trials = world.play(build(world.space, world.budgets, world.costs, seed=3))
 print(json.dumps([t.candidate.ratios for t in trials]))
 """
     there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    build = components.bind(components.spec("strategy", name), "strategy", (), (), {}, seed=3)
+    build = components.bind(values_of(name), "strategy", (), (), {}, seed=3)
     world = World(11)
     here = world.play(build(world.space, world.budgets, world.costs, seed=3))
     assert json.loads(there.stdout) == [list(t.candidate.ratios) for t in here]
