@@ -158,7 +158,7 @@ def test_a_counter_that_stands_still_is_none(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_search_under_measured_energy(tmp_path: Path) -> None:
     plain = make_task()
     task = dataclasses.replace(plain, inputs=(plain.search[0][0].repeat(4, 1, 1, 1),))  # type: ignore[index]
-    device = dataclasses.replace(DEVICE, processes=5, most_processes=10)
+    device = dataclasses.replace(DEVICE, processes=4, most_processes=4)
     result: Result = searched(
         task, budget="energy_70pct", device=device, tables=tmp_path / "tables", final=QUICK, strategy="uniform"
     )
