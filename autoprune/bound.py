@@ -42,7 +42,7 @@ class Bound:
 
     def use(self, levels: Sequence[int]) -> float:
         """The largest fraction of a limit that a network is predicted to take."""
-        ratios = self.ratios(levels)
+        ratios = self.space.ratios(levels)
         return max((self.costs[b.cost].predict(ratios) / b.limit for b in self.budgets), default=0.0)
 
     def opened(self, chosen: Levels, wish: int) -> int:
@@ -67,7 +67,3 @@ class Bound:
         for wish in wishes:
             chosen = (*chosen, self.opened(chosen, wish))
         return chosen
-
-    def ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
-        """The ratios at these levels [G]."""
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))

@@ -111,6 +111,10 @@ class PruningSpace:
                 raise ValueError(f"{ratio} is not a level of {group.name}; its levels are {group.levels}")
         return tuple(ratios)
 
+    def ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
+        """The candidate at these level indices, one a group."""
+        return tuple(group.levels[i] for group, i in zip(self.groups, levels, strict=True))
+
     def named(self, ratios: Sequence[float]) -> dict[str, float]:
         """Group name -> ratio."""
         return {group.name: ratio for group, ratio in zip(self.groups, ratios, strict=True)}

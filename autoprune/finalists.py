@@ -93,16 +93,15 @@ class Ending:
         where a measurement fails."""
         for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
             unseen = [levels for levels in best if (levels, recovery) not in self._tried]
-            asked = [Candidate(ratios=self._ratios(n), recovery=recovery, about={"phase": "finalist"}) for n in unseen]
+            asked = [
+                Candidate(ratios=self.space.ratios(n), recovery=recovery, about={"phase": "finalist"}) for n in unseen
+            ]
             trials = (yield asked) if asked else ()
             self._tried |= {(levels, recovery): trial for levels, trial in zip(unseen, trials, strict=True)}
             whole = {levels: self._tried[levels, recovery] for levels in best}
             whole = {levels: trial for levels, trial in whole.items() if trial.error is None}
             for levels in sorted(whole, key=lambda n: (-worth(whole[n]), whole[n].loss)):
-                (trial,) = yield [Candidate(ratios=self._ratios(levels), recovery=recovery, measure=True)]
+                (trial,) = yield [Candidate(ratios=self.space.ratios(levels), recovery=recovery, measure=True)]
                 if trial.error is None:
                     return levels, trial
         return None
-
-    def _ratios(self, levels: Levels) -> tuple[float, ...]:
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))

@@ -111,7 +111,7 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
         self._chosen = (*self._chosen, level)
         if len(self._chosen) < len(self.space.groups):
             return self._observed(), 0.0, False, False, {}
-        ratios = self.bound.ratios(self._chosen)
+        ratios = self.bound.space.ratios(self._chosen)
         score = self.evaluate(ratios)
         value = penalty(self._rewards) if score is None else self.paid(score, ratios)
         if score is not None:
@@ -146,7 +146,7 @@ class LayerPruningEnv(gymnasium.Env[Observation, Action]):
 
     def _saved(self, levels: Levels) -> float:
         """What these levels save of the tightest budget's cost, as a fraction of the dense network's."""
-        return 1 - self._cost.predict(self.bound.ratios(levels)) / self._dense_cost
+        return 1 - self._cost.predict(self.bound.space.ratios(levels)) / self._dense_cost
 
     def _observed(self) -> Observation:
         count, done = len(self.space.groups), len(self._chosen)

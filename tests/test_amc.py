@@ -78,7 +78,7 @@ def test_a_thousand_random_episodes_end_inside_the_budget(name: str) -> None:
         env = LayerPruningEnv(space, (budget,), {"macs": macs}, evaluate=lambda ratios: 0.0, least=least)
         for _ in range(500):
             levels, _ = walked(env, rng.uniform(size=len(space.groups)))
-            assert macs.predict(env.bound.ratios(levels)) <= budget.limit
+            assert macs.predict(env.bound.space.ratios(levels)) <= budget.limit
         kept, _ = walked(env, [1.0] * len(space.groups))
         larger = [(*kept[:g], level - 1, *kept[g + 1 :]) for g, level in enumerate(kept) if level]
         assert larger

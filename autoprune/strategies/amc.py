@@ -244,7 +244,7 @@ class Amc(Scripted):
     ) -> Conversation:
         """Score what these walks came to, and remember them. number: of the first episode; None of no episode."""
         if unseen := dict.fromkeys(walk.levels for walk in walks if walk.levels not in self._scored):
-            trials = yield [Candidate(ratios=env.bound.ratios(n), recovery=self.proxy) for n in unseen]
+            trials = yield [Candidate(ratios=env.bound.space.ratios(n), recovery=self.proxy) for n in unseen]
             self._scored |= zip(unseen, trials, strict=True)
         for place, walk in enumerate(walks):
             reward = self._paid(env, walk.levels)
@@ -275,7 +275,7 @@ class Amc(Scripted):
         if not self.allocations:
             return []
         swept = sweep.cells(self.space, SWEPT)
-        asked = [self.space.dense(), *(self._ratios(sweep.alone(self.space, cell)) for cell in swept)]
+        asked = [self.space.dense(), *(self.space.ratios(sweep.alone(self.space, cell)) for cell in swept)]
         dense, *trials = yield [Candidate(ratios=ratios, recovery=self.proxy) for ratios in asked]
         losses = sweep.increases(self.space, swept, dense, trials)
         found: list[Levels] = []
@@ -284,9 +284,6 @@ class Amc(Scripted):
             with suppress(InfeasibleError):
                 found.append(allocate(losses, limits).levels)
         return found
-
-    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
 
 
 def _walked_to(env: LayerPruningEnv, levels: Levels) -> _Walk:

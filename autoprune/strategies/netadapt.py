@@ -288,7 +288,7 @@ class NetAdapt(Scripted):
         """The dense network's score; with start="allocation" a sweep, and the measured network that it leads to."""
         swept = sweep.cells(self.space, SWEPT) if self.start == "allocation" else []
         dense = Candidate(ratios=self.space.dense(), recovery="none")
-        first, *trials = yield [dense, *(Candidate(ratios=self._ratios(self._moved(*cell))) for cell in swept)]
+        first, *trials = yield [dense, *(Candidate(ratios=self.space.ratios(self._moved(*cell))) for cell in swept)]
         self._score = first.score
         if not swept:
             return None
@@ -304,7 +304,7 @@ class NetAdapt(Scripted):
             starts.append(evenly(self.space, lambda levels: self._excess(levels, targets) <= 0, losses))
         starts = list(dict.fromkeys(starts))
         about = {"round": 0}
-        asked = [Candidate(ratios=self._ratios(n), recovery=self.recovery, about=about) for n in starts]
+        asked = [Candidate(ratios=self.space.ratios(n), recovery=self.recovery, about=about) for n in starts]
         trials = (yield asked) if asked else ()
         for made, levels in sorted(zip(trials, starts, strict=True), key=lambda pair: pair[0].loss):
             if made.error is None:
@@ -336,13 +336,13 @@ class NetAdapt(Scripted):
     def _predicted(self, levels: Sequence[int], targets: Sequence[float]) -> tuple[float, ...]:
         """Every budgeted cost [B]: what would be measured going by the last winner's value; where the target is the
         limit, the upper end of that measurement."""
-        predicted = (self.costs[b.cost].predict(self._ratios(levels)) for b in self.budgets)
+        predicted = (self.costs[b.cost].predict(self.space.ratios(levels)) for b in self.budgets)
         return tuple(scale * p for scale, p in zip(self._scales(targets), predicted, strict=True))
 
     def _scales(self, targets: Sequence[float]) -> tuple[float, ...]:
         """What each budget's cost model [B] is to be multiplied by."""
         each = zip(self.budgets, targets, self._current, strict=True)
-        here = self._ratios(self._levels)
+        here = self.space.ratios(self._levels)
         return tuple(1.0 if t == b.limit else current / self.costs[b.cost].predict(here) for b, t, current in each)
 
     def _excess(self, levels: Sequence[int], targets: Sequence[float]) -> float:
@@ -352,8 +352,8 @@ class NetAdapt(Scripted):
 
     def _saved(self, levels: Sequence[int]) -> float:
         """What these levels save against the last winner: the budgets' costs as fractions of dense, summed; > 0."""
-        after = (self.costs[b.cost].predict(self._ratios(levels)) for b in self.budgets)
-        before = (self.costs[b.cost].predict(self._ratios(self._levels)) for b in self.budgets)
+        after = (self.costs[b.cost].predict(self.space.ratios(levels)) for b in self.budgets)
+        before = (self.costs[b.cost].predict(self.space.ratios(self._levels)) for b in self.budgets)
         saved = sum((a - b) / dense for a, b, dense in zip(before, after, self._dense, strict=True))
         return max(saved, 1e-12)
 
@@ -362,7 +362,7 @@ class NetAdapt(Scripted):
 
     def _out_of_reach(self) -> bool:
         """Whether even the smallest network is predicted to exceed a limit."""
-        smallest = self._ratios(self._deepest())
+        smallest = self.space.ratios(self._deepest())
         return any(self.costs[b.cost].predict(smallest) > b.limit for b in self.budgets)
 
     def _goes_on(self, winner: Trial) -> bool:
@@ -379,7 +379,7 @@ class NetAdapt(Scripted):
 
     def _smallest(self) -> Conversation:
         """The closest there is: the deepest level of every group, measured; it calibrates where it can."""
-        candidate = Candidate(ratios=self._ratios(self._deepest()), recovery=self.recovery, parent=self._parent)
+        candidate = Candidate(ratios=self.space.ratios(self._deepest()), recovery=self.recovery, parent=self._parent)
         for recovery in RECOVERIES[RECOVERIES.index(self.recovery) :]:
             (trial,) = yield [replace(candidate, recovery=recovery, measure=True)]
             if trial.error is None:
@@ -402,16 +402,13 @@ class NetAdapt(Scripted):
     def _candidate(self, levels: Levels, number: int, targets: Sequence[float], group: str) -> Candidate:
         about: dict[str, float | str] = {"round": number, "group": group}
         about |= {f"target {b.cost}": target for b, target in zip(self.budgets, targets, strict=True)}
-        return Candidate(ratios=self._ratios(levels), recovery=self.recovery, parent=self._parent, about=about)
+        return Candidate(ratios=self.space.ratios(levels), recovery=self.recovery, parent=self._parent, about=about)
 
     def _moved(self, group: int, level: int) -> Levels:
         return (*self._levels[:group], level, *self._levels[group + 1 :])
 
     def _deepest(self) -> tuple[int, ...]:
         return tuple(len(g.levels) - 1 for g in self.space.groups)
-
-    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
 
 
 def _check(initial: float, decay: float, *, rule: str, screen: int, start: str, start_at: float, attempts: int) -> None:

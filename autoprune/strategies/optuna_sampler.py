@@ -100,7 +100,7 @@ class OptunaSampler(Scripted):
             drawn = [self._levels(bound, trial.params) for trial in asked]
             unseen = [levels for levels in dict.fromkeys(drawn) if levels not in scored]
             if unseen:
-                trials = yield [Candidate(ratios=bound.ratios(n), recovery=self.proxy) for n in unseen]
+                trials = yield [Candidate(ratios=bound.space.ratios(n), recovery=self.proxy) for n in unseen]
                 scored |= zip(unseen, trials, strict=True)
             for trial, levels in zip(asked, drawn, strict=True):
                 self._tell(study, trial, scored[levels], self._uses(bound, levels))
@@ -124,7 +124,7 @@ class OptunaSampler(Scripted):
 
     def _uses(self, bound: Bound, levels: Levels) -> list[float]:
         """The fraction of every limit [B] that a network is predicted to take."""
-        return [self.costs[b.cost].predict(bound.ratios(levels)) / b.limit for b in self.budgets]
+        return [self.costs[b.cost].predict(bound.space.ratios(levels)) / b.limit for b in self.budgets]
 
     def _tell(self, study: optuna.Study, asked: optuna.Trial, trial: Trial, uses: Sequence[float]) -> None:
         for number, use in enumerate(uses):

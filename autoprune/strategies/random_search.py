@@ -77,7 +77,7 @@ class RandomSearch(Scripted):
             return
         drawn = surface(bound, np.random.default_rng(self.seed), band=self.band, thin=self.thin)
         found = list(dict.fromkeys(islice(drawn, BURN_IN, BURN_IN + self.episodes)))
-        trials = yield [Candidate(ratios=bound.ratios(levels), recovery=self.proxy) for levels in found]
+        trials = yield [Candidate(ratios=bound.space.ratios(levels), recovery=self.proxy) for levels in found]
         yield from self._ending.best(dict(zip(found, trials, strict=True)))
 
 

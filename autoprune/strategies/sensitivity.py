@@ -107,7 +107,7 @@ class Sensitivity(Scripted):
 
     def _converse(self) -> Generator[list[Candidate], Sequence[Trial], None]:
         smallest = tuple(len(g.levels) - 1 for g in self.space.groups)
-        if any(self.costs[b.cost].predict(self._ratios(smallest)) > b.limit for b in self.budgets):
+        if any(self.costs[b.cost].predict(self.space.ratios(smallest)) > b.limit for b in self.budgets):
             trial = yield from self._measured(smallest)  # nothing seems to keep the budgets: the closest there is
             if trial.error or not (all_met(self.budgets, trial.costs) and self._worth_another(trial)):
                 return
@@ -153,7 +153,7 @@ class Sensitivity(Scripted):
         """The dense model as it is, then every cell: one group at one level."""
         dense = (0,) * len(self.space.groups)
         cells = (self._moved(dense, g, i) for g, i in self._cells())
-        return [Candidate(ratios=self._ratios(dense), recovery="none"), *cells]
+        return [Candidate(ratios=self.space.ratios(dense), recovery="none"), *cells]
 
     def _analysed(self, trials: Sequence[Trial]) -> list[Losses]:
         """The sweep's trials -> monotone loss increases, one [L] a group."""
@@ -176,7 +176,7 @@ class Sensitivity(Scripted):
         return allocate(losses, limits).levels
 
     def _keeps(self, levels: Levels) -> bool:
-        ratios = self._ratios(levels)
+        ratios = self.space.ratios(levels)
         return all(self.costs[b.cost].predict(ratios) <= b.limit * self._aims[b.cost] for b in self.budgets)
 
     # ------------------------------------------------------------------------------------------------- refinement
@@ -191,7 +191,7 @@ class Sensitivity(Scripted):
         found: list[list[Losses]] = []
         if self.refinements == 0:
             return found
-        (here,) = yield [Candidate(ratios=self._ratios(answer))]
+        (here,) = yield [Candidate(ratios=self.space.ratios(answer))]
         for _ in range(self.refinements):
             steps = self._steps(answer)
             if here.error or not steps:
@@ -201,7 +201,7 @@ class Sensitivity(Scripted):
             proposal = self._allocated(local)
             if proposal == answer:
                 break
-            (there,) = yield [Candidate(ratios=self._ratios(proposal))]
+            (there,) = yield [Candidate(ratios=self.space.ratios(proposal))]
             if there.error or there.loss >= here.loss:
                 break
             answer, here = proposal, there
@@ -256,7 +256,7 @@ class Sensitivity(Scripted):
         return found
 
     def _finalist(self, levels: Levels, recovery: Recovery, kinds: Sequence[str]) -> Candidate:
-        return Candidate(ratios=self._ratios(levels), recovery=recovery, about={"finalist": ", ".join(kinds)})
+        return Candidate(ratios=self.space.ratios(levels), recovery=recovery, about={"finalist": ", ".join(kinds)})
 
     # ------------------------------------------------------------------------------------------------- neighbourhood
 
@@ -289,20 +289,17 @@ class Sensitivity(Scripted):
     # ------------------------------------------------------------------------------------------------- candidates
 
     def _moved(self, levels: Sequence[int], group: int, level: int) -> Candidate:
-        return Candidate(ratios=self._ratios((*levels[:group], level, *levels[group + 1 :])))
+        return Candidate(ratios=self.space.ratios((*levels[:group], level, *levels[group + 1 :])))
 
     def _measured(
         self, levels: Sequence[int], recovery: Recovery | None = None
     ) -> Generator[list[Candidate], Sequence[Trial], Trial]:
         """The answer with its recovery; where that fails (a fine-tune that diverges, say) with the next lesser one."""
         for lesser in RECOVERIES[RECOVERIES.index(recovery or self.recovery) :]:
-            (trial,) = yield [Candidate(ratios=self._ratios(levels), recovery=lesser, measure=True)]
+            (trial,) = yield [Candidate(ratios=self.space.ratios(levels), recovery=lesser, measure=True)]
             if not trial.error:
                 break
         return trial
-
-    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
 
 
 def _half_width(measured: Measurement) -> float:

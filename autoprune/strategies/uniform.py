@@ -62,12 +62,9 @@ class Uniform:
     def _smallest(self) -> tuple[float, ...]:
         """The least common ratio that is predicted to keep every budget, or the largest there is."""
         try:
-            return self._ratios(evenly(self.space, self._keeps))
+            return self.space.ratios(evenly(self.space, self._keeps))
         except InfeasibleError:
-            return self._ratios([len(g.levels) - 1 for g in self.space.groups])
+            return self.space.ratios([len(g.levels) - 1 for g in self.space.groups])
 
     def _keeps(self, levels: Sequence[int]) -> bool:
-        return all(self.costs[b.cost].predict(self._ratios(levels)) <= b.limit for b in self.budgets)
-
-    def _ratios(self, levels: Sequence[int]) -> tuple[float, ...]:
-        return tuple(g.levels[i] for g, i in zip(self.space.groups, levels, strict=True))
+        return all(self.costs[b.cost].predict(self.space.ratios(levels)) <= b.limit for b in self.budgets)
