@@ -13,7 +13,7 @@ LAYERS = [
     {"units", "borrowing"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {"label_rules", "label_contractions", "grouping", "finalists", "pruning_env"},
-    {"tracing", "proof"},
+    {"tracing", "proof", "agent"},
     {"space"},
     {"lineage", "prune", "recover", "strategies", "tasks"},
     {"components", "result"},
@@ -25,9 +25,10 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-NUMBERS = {"core", "allocate", "borrowing", "bound", "finalists", "pruning_env", "sweep"}  # what strategies may see
+# what strategies may see
+NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "finalists", "pruning_env", "sweep"}
 ONLY_IN = {
-    "stable_baselines3": {"strategies/amc.py"},
+    "stable_baselines3": {"agent.py"},
     "gymnasium": {"pruning_env.py"},
     "optuna": {"study.py", "strategies/optuna_sampler.py"},
     "ray": {"workers.py"},

@@ -26,17 +26,17 @@ Letters: G groups, L levels of one group, T transitions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 from scipy.stats import truncnorm
 
 from autoprune import sweep
+from autoprune.agent import Agent, Learner, Walk
 from autoprune.allocate import InfeasibleError, allocate
-from autoprune.borrowing import seeded
 from autoprune.bound import Bound, Levels
 from autoprune.core import (
     Budget,
@@ -50,15 +50,9 @@ from autoprune.core import (
     check_rules,
 )
 from autoprune.finalists import Conversation, Ending
-from autoprune.pruning_env import FEATURES, REWARDS, LayerPruningEnv, Observation, penalty
-
-if TYPE_CHECKING:
-    from stable_baselines3.common.buffers import ReplayBuffer
-    from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from autoprune.pruning_env import REWARDS, LayerPruningEnv, penalty
 
 SWEPT = 4  # levels of each group that `allocations` scores
-CREDITS = ("every_step", "monte_carlo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +63,6 @@ class Episode:
     trial: int
     reward: float
     sigma: float | None
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """What an episode went through: observations [G + 1], actions as the bound left them [G], the levels it ended with
-    [G], its noise."""
-
-    seen: tuple[Observation, ...]
-    actions: tuple[float, ...]
-    levels: Levels
-    sigma: float | None
-
-    @staticmethod
-    def through(env: LayerPruningEnv, choose: Callable[[int, Observation], float], sigma: float | None = None) -> _Walk:
-        """An episode in which choose(group, observation) gives the actions."""
-        seen, info = env.reset()
-        observations, actions = [seen], []
-        for group in range(len(env.space.groups)):
-            seen, _, _, _, info = env.step(np.array([choose(group, seen)], dtype=np.float32))
-            actions.append(float(seen[FEATURES.index("last")]))
-            observations.append(seen)
-        return _Walk(tuple(observations), tuple(actions), info["levels"], sigma)
 
 
 class Amc(Scripted):
@@ -147,7 +119,7 @@ class Amc(Scripted):
         attempts: int = 4,
         recovery: Recovery = "short",
     ) -> None:
-        self._learner = _Learner(
+        self._learner = Learner(
             kind=agent,
             hidden=tuple(hidden),
             actor_lr=actor_lr,
@@ -208,7 +180,7 @@ class Amc(Scripted):
             yield from self._ending.smallest()
             return
         env = self._env(1.0)
-        agent = _Agent(self._learner, env, seed=self.seed)
+        agent = Agent(self._learner, env, seed=self.seed)
         free = self._env(1.0, least=0.0)
         for levels in (yield from self._allocated()):
             yield from self._lived(env, agent, [_walked_to(free, levels)], number=None)
@@ -239,9 +211,7 @@ class Amc(Scripted):
             self.space, budgets, self.costs, evaluate=lambda _: math.nan, reward=self.reward, least=least
         )
 
-    def _lived(
-        self, env: LayerPruningEnv, agent: _Agent, walks: Sequence[_Walk], *, number: int | None
-    ) -> Conversation:
+    def _lived(self, env: LayerPruningEnv, agent: Agent, walks: Sequence[Walk], *, number: int | None) -> Conversation:
         """Score what these walks came to, and remember them. number: of the first episode; None of no episode."""
         if unseen := dict.fromkeys(walk.levels for walk in walks if walk.levels not in self._scored):
             trials = yield [Candidate(ratios=env.bound.space.ratios(n), recovery=self.proxy) for n in unseen]
@@ -254,14 +224,14 @@ class Amc(Scripted):
                 made = Episode(number=number + place, trial=trial, reward=reward, sigma=walk.sigma)
                 self.walked = (*self.walked, made)
 
-    def _walk(self, env: LayerPruningEnv, agent: _Agent, number: int) -> _Walk:
+    def _walk(self, env: LayerPruningEnv, agent: Agent, number: int) -> Walk:
         """An episode: random in the warm-up, then the actor's choice with noise, sigma x decay^(episodes since)."""
         rng = np.random.default_rng([self.seed, number])
         later = number - self.warm_up
         if later < 0:
-            return _Walk.through(env, lambda group, seen: float(rng.uniform()))
+            return Walk.through(env, lambda group, seen: float(rng.uniform()))
         sigma = self.sigma * self.decay**later
-        return _Walk.through(env, lambda group, seen: _noisy(agent.action(seen), sigma, rng), sigma)
+        return Walk.through(env, lambda group, seen: _noisy(agent.action(seen), sigma, rng), sigma)
 
     def _paid(self, env: LayerPruningEnv, levels: Levels) -> float:
         """The reward of a walk; one that failed is paid what is as far below the worst as that is below the best."""
@@ -286,146 +256,12 @@ class Amc(Scripted):
         return found
 
 
-def _walked_to(env: LayerPruningEnv, levels: Levels) -> _Walk:
+def _walked_to(env: LayerPruningEnv, levels: Levels) -> Walk:
     """The walk that wishes for these levels."""
-    return _Walk.through(env, lambda group, seen: env.action_for(group, levels[group]))
+    return Walk.through(env, lambda group, seen: env.action_for(group, levels[group]))
 
 
 def _noisy(action: float, sigma: float, rng: np.random.Generator) -> float:
     """A draw from the normal distribution around an action, truncated to [0, 1] (section 3.2)."""
     low, high = -action / sigma, (1 - action) / sigma
     return float(truncnorm.rvs(low, high, loc=action, scale=sigma, random_state=rng))
-
-
-# ------------------------------------------------------------------------------------------------------- the agent
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Learner:
-    """The settings of an agent, see Amc."""
-
-    kind: str
-    hidden: tuple[int, ...]
-    actor_lr: float
-    critic_lr: float
-    tau: float
-    discount: float
-    batch_size: int
-    memory: int
-    updates: int
-    baseline: float
-    credit: str
-    index: str
-
-    def __post_init__(self) -> None:
-        rules = {
-            "agent must be ddpg, td3 or sac": self.kind in ("ddpg", "td3", "sac"),
-            "hidden must be widths >= 1": bool(self.hidden) and all(width >= 1 for width in self.hidden),
-            "actor_lr > 0": self.actor_lr > 0,
-            "critic_lr > 0": self.critic_lr > 0,
-            "0 < tau <= 1": 0 < self.tau <= 1,
-            "0 <= discount <= 1": 0 <= self.discount <= 1,
-            "batch_size >= 1": self.batch_size >= 1,
-            "memory >= 1": self.memory >= 1,
-            "updates >= 0": self.updates >= 0,
-            "0 <= baseline <= 1": 0 <= self.baseline <= 1,
-            f"credit must be one of {', '.join(CREDITS)}": self.credit in CREDITS,
-            "index must be scalar or one_hot": self.index in ("scalar", "one_hot"),
-        }
-        check_rules("amc", rules, {**vars(self), "agent": self.kind})
-
-
-class _Agent:
-    """A Stable-Baselines3 agent that is driven from outside: it acts, remembers walks, and trains when it is told to.
-
-    What it draws is keyed by the seed and the number of the walk; the global generators are left as they were.
-    """
-
-    def __init__(self, learner: _Learner, env: LayerPruningEnv, *, seed: int) -> None:
-        import stable_baselines3
-        from stable_baselines3.common.logger import Logger
-
-        self._learner, self._seed = learner, seed
-        kind = getattr(stable_baselines3, learner.kind.upper())
-        policy: dict[str, Any] = {"net_arch": list(learner.hidden)}
-        if learner.index == "one_hot":
-            policy["features_extractor_class"] = _indexed(len(env.space.groups))
-        with seeded(_key(seed, 0)):
-            self._model: OffPolicyAlgorithm = kind(
-                "MlpPolicy",
-                env,
-                learning_rate=learner.critic_lr,
-                buffer_size=learner.memory,
-                batch_size=learner.batch_size,
-                tau=learner.tau,
-                gamma=learner.discount,
-                policy_kwargs=policy,
-                replay_buffer_class=_centred_memory(learner.baseline),
-                device="cpu",
-            )
-        self._model.set_logger(Logger(None, []))
-        self._keep_two_rates()
-
-    def _keep_two_rates(self) -> None:
-        """Actor and critic learn at rates of their own, which Stable-Baselines3 would make one before every step."""
-        policy: Any = self._model.policy
-        for group in policy.actor.optimizer.param_groups:
-            group["lr"] = self._learner.actor_lr
-        self._model._update_learning_rate = lambda optimizers: None  # type: ignore[method-assign]
-
-    def action(self, seen: Observation) -> float:
-        """What the actor would do, in [0, 1]."""
-        chosen, _ = self._model.predict(seen, deterministic=True)
-        return float(chosen[0])
-
-    def remember(self, walk: _Walk, reward: float) -> None:
-        """Every transition of a walk, paid its reward."""
-        memory, last = self._model.replay_buffer, len(walk.actions) - 1
-        assert memory is not None
-        for t, action in enumerate(walk.actions):
-            taken = self._model.policy.scale_action(np.array([[action]], dtype=np.float32))
-            done = t == last or self._learner.credit == "monte_carlo"
-            memory.add(walk.seen[t][None], walk.seen[t + 1][None], taken, np.array([reward]), np.array([done]), [{}])
-
-    def train(self, transitions: int, *, number: int) -> None:
-        """Gradient steps for so many new transitions; number: of the walk they follow."""
-        if count := transitions * self._learner.updates:
-            with seeded(_key(self._seed, number + 1)):
-                self._model.train(count, self._learner.batch_size)
-
-
-def _centred_memory(baseline: float) -> type[ReplayBuffer]:
-    """A replay memory whose rewards are less their moving average over the batches drawn (section 3.2)."""
-    from stable_baselines3.common.buffers import ReplayBuffer
-
-    class Centred(ReplayBuffer):
-        average: float | None = None
-
-        def _normalize_reward(self, reward: Any, env: Any = None) -> Any:  # type: ignore[override]
-            mean = float(reward.mean())
-            self.average = mean if self.average is None else self.average + baseline * (mean - self.average)
-            return reward - (self.average if baseline else 0.0)
-
-    return Centred
-
-
-def _indexed(groups: int) -> type[BaseFeaturesExtractor]:
-    """What goes before the agent's networks: the observation, and a unit vector [G] of the group's number, as steps of
-    a single number are hard to tell apart."""
-    import torch
-    from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
-
-    class Indexed(BaseFeaturesExtractor):
-        def __init__(self, space: Any) -> None:
-            super().__init__(space, len(FEATURES) + groups)
-
-        def forward(self, seen: torch.Tensor) -> torch.Tensor:
-            number = (seen[:, 0] * (groups - 1)).round().long()
-            return torch.cat([seen, torch.nn.functional.one_hot(number, groups).to(seen.dtype)], dim=1)
-
-    return Indexed
-
-
-def _key(seed: int, number: int) -> int:
-    """A seed of the search's and a number."""
-    return int(np.random.default_rng([seed, number, 1]).integers(2**31))
