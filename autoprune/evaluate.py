@@ -44,32 +44,45 @@ from autoprune.core import (
     Task,
     Trial,
     all_met,
+    check_rules,
 )
 from autoprune.criteria import Scores
 from autoprune.lineage import Networks, cut_from
 from autoprune.prune import choose_units, weights_hash
+from autoprune.reconstruct import Reconstruction
 from autoprune.recover import FineTune, finetune, recalibrate
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
 CHUNKS = 20
+HEALING = ("bn_recalibrate", "reconstruct")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
-    """How candidates are scored: `images` of the search split, `recalibration` training batches for the batch
-    normalisation statistics, the short fine-tune, and the device ("cpu", "cuda") that computes all this."""
+    """How candidates are scored: `images` of the search split, what a cut network gets first, `recalibration` training
+    batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this.
+
+    recovery: of "reconstruct", which refits what reads pruned units (reconstruct.py), and "bn_recalibrate", which takes
+    new batch normalisation statistics, in the order given. A network that starts from another one's weights is not
+    reconstructed, which would undo what that one has learnt.
+    """
 
     images: int = 1000
     recalibration: int = 4
+    recovery: Sequence[str] = ("bn_recalibrate",)
     short: FineTune = FineTune(epochs=0.25, teach=0.0)
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.images < 2 or self.recalibration < 0:
-            raise InputError(
-                f"evaluator: images must be >= 2 and recalibration >= 0, got {self.images} and {self.recalibration}"
-            )
+        rules = {
+            "images >= 2": self.images >= 2,
+            "recalibration >= 0": self.recalibration >= 0,
+            f"recovery must be a list of {', '.join(HEALING)}, each at most once": not isinstance(self.recovery, str)
+            and len(set(self.recovery)) == len(self.recovery)
+            and set(self.recovery) <= set(HEALING),
+        }
+        check_rules("evaluator", rules, vars(self))
 
 
 @dataclass(frozen=True)
@@ -178,7 +191,7 @@ class Evaluator:
             return cut_from(self.traced, self.dense_model, stored, older=kept, kept=kept).eval()
         model = self.cut(candidate.ratios) if candidate.parent is None else self._child(candidate, candidate.parent)
         if candidate.recovery != "none":
-            recalibrate(model, self.recalibration)
+            self._heal(model, candidate)
         if candidate.recovery == "short":
             with seeded(self.seed):
                 finetune(
@@ -191,6 +204,18 @@ class Evaluator:
                 )
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
+
+    def _heal(self, model: nn.Module, candidate: Candidate) -> None:
+        """What every cut network gets, in place."""
+        for step in self.scoring.recovery:
+            if step == "bn_recalibrate":
+                recalibrate(model, self.recalibration)
+            elif candidate.parent is None:
+                self._reconstruction.apply(model, self._units(candidate.ratios))
+
+    @functools.cached_property
+    def _reconstruction(self) -> Reconstruction:
+        return Reconstruction(self.dense_model, self.traced, self.recalibration, seed=self.seed)
 
     def _child(self, candidate: Candidate, parent: int) -> nn.Module:
         """The candidate's network, cut from its parent's recovered one and not recovered itself."""

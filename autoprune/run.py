@@ -41,7 +41,7 @@ from autoprune.meters.latency import Latency, Reference
 from autoprune.meters.profile import CostTable, Profile
 from autoprune.prune import RatioTable
 from autoprune.pruning_env import LayerPruningEnv
-from autoprune.recover import FineTune, recalibrate
+from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.space import trace
 from autoprune.study import Study, check_storage
@@ -419,11 +419,8 @@ def _settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
 
 def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
     """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
-    if answer.candidate.parent is None:
-        model = evaluator.cut(answer.candidate.ratios)
-        recalibrate(model, evaluator.recalibration)
-    else:
-        model = evaluator.recovered(answer.candidate)
+    goes_on = answer.candidate.parent is not None
+    model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
     last_steps.train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
     return model
 

@@ -54,7 +54,7 @@ class TracedModel:
 
         Only what is kept is copied. The model's structure is copied with its tensors replaced, so nothing is shared.
         """
-        removed, tensors = self._removed(kept), {}
+        removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
             data = tensor.detach()
             for dim, gone in removed.get(name, {}).items():
@@ -70,7 +70,7 @@ class TracedModel:
 
         smaller: the names and values of `tensors_of` the smaller network.
         """
-        removed, tensors = self._removed(kept), {}
+        removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
             data = smaller[name].detach().to(tensor.device, copy=True)
             for dim, gone in removed.get(name, {}).items():
@@ -79,7 +79,7 @@ class TracedModel:
             tensors[name] = data
         return _with_tensors(model, tensors)
 
-    def _removed(self, kept: Sequence[Labels]) -> dict[str, dict[int, Labels]]:
+    def removed(self, kept: Sequence[Labels]) -> dict[str, dict[int, Labels]]:
         """Tensor -> dimension -> positions that go when these units are kept."""
         removed: dict[str, dict[int, Labels]] = defaultdict(dict)
         for group, slices, units in zip(self.space.groups, self.slices, kept, strict=True):

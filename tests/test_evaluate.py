@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny import make_task
 from torch import nn
 from torch.nn import functional as F
 
-from autoprune.core import Candidate, Measurement, Meter, Trial
+from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
 from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
@@ -21,8 +22,10 @@ from autoprune.recover import FineTune
 from autoprune.space import trace
 
 
-def evaluator(cache: Path | None = None, seed: int = 0, **change: Any) -> Evaluator:
-    task = dataclasses.replace(make_task(), **change)
+def evaluator(
+    cache: Path | None = None, seed: int = 0, healing: Sequence[str] = ("bn_recalibrate",), **change: Any
+) -> Evaluator:
+    task = replace(make_task(), **change)
     traced = trace(task.model, task.inputs, levels=6)
     dense = counted(task.model, task.inputs)
     return Evaluator(
@@ -32,14 +35,14 @@ def evaluator(cache: Path | None = None, seed: int = 0, **change: Any) -> Evalua
         budgets=(),
         costs=counted_models(task, traced, dense),
         meters=COUNTING,
-        scoring=Scoring(images=400, recalibration=2, short=FineTune(epochs=0.3, teach=0.0)),
+        scoring=Scoring(images=400, recalibration=2, recovery=healing, short=FineTune(epochs=0.3, teach=0.0)),
         seed=seed,
         cache=cache,
     )
 
 
-def scored(candidate: Candidate, **settings: int) -> Trial:
-    (trial,) = evaluator(**settings)([(0, candidate)])  # type: ignore[arg-type]
+def scored(candidate: Candidate, **settings: Any) -> Trial:
+    (trial,) = evaluator(**settings)([(0, candidate)])
     assert trial.error is None
     return trial
 
@@ -55,6 +58,30 @@ def test_every_step_of_recovery_helps() -> None:
     assert none.score < short.score
 
 
+def test_reconstruction_helps_beyond_recalibration() -> None:
+    neither, *each = (
+        scored(half("probe"), healing=steps)
+        for steps in ((), ("bn_recalibrate",), ("reconstruct",), ("reconstruct", "bn_recalibrate"))
+    )
+    assert neither.loss == scored(half("none")).loss
+    recalibrated, rebuilt, both = each
+    assert neither.loss > recalibrated.loss > both.loss
+    assert neither.loss > rebuilt.loss > both.loss
+
+
+def test_the_dense_candidate_is_not_changed_by_reconstruction() -> None:
+    dense = Candidate(ratios=evaluator().traced.space.dense(), recovery="probe")
+    assert scored(dense, healing=("reconstruct",)).loss == scored(replace(dense, recovery="none")).loss
+
+
+@pytest.mark.parametrize(
+    "wrong", ["reconstruct", ("reconstructed",), ("bn_recalibrate", "bn_recalibrate"), ("reconstruct", "short")]
+)
+def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
+    with pytest.raises(InputError, match="recovery must be a list of bn_recalibrate, reconstruct, each at most once"):
+        Scoring(recovery=wrong)
+
+
 class Twofold(Macs):
     """Counts once, and at a glance says twice as much."""
 
@@ -62,7 +89,7 @@ class Twofold(Macs):
         class Double(Macs):
             def measure(self, model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> Measurement:
                 found = super().measure(model, inputs)
-                return dataclasses.replace(found, value=2 * found.value)
+                return replace(found, value=2 * found.value)
 
         return Double()
 
@@ -71,7 +98,7 @@ def test_a_glance_is_taken_by_the_meters_that_know_how() -> None:
     ours = evaluator()
     ours.meters = {"macs": Twofold(), "params": COUNTING["params"]}
     dense = Candidate(ratios=ours.traced.space.dense(), recovery="none", measure=True)
-    whole, brief = (t.costs for t in ours([(0, dense), (1, dataclasses.replace(dense, glance=True))]))
+    whole, brief = (t.costs for t in ours([(0, dense), (1, replace(dense, glance=True))]))
     assert brief["macs"].value == 2 * whole["macs"].value
     assert brief["params"] == whole["params"]
 

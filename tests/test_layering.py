@@ -12,7 +12,7 @@ LAYERS = [
     {"core"},
     {"units", "borrowing"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
-    {"label_rules", "label_contractions", "grouping", "finalists", "pruning_env"},
+    {"label_rules", "label_contractions", "grouping", "finalists", "pruning_env", "reconstruct"},
     {"tracing", "proof", "agent"},
     {"space"},
     {"lineage", "prune", "recover", "strategies", "tasks"},

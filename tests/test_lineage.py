@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +82,8 @@ def at(ours: Evaluator, level: int, recovery: str, **more: Any) -> Candidate:
     return Candidate(ratios=ratios, recovery=recovery, **more)  # type: ignore[arg-type]
 
 
-def keeping(folder: Path | None, history: tuple[Trial, ...] = ()) -> Evaluator:
-    ours = evaluator()
+def keeping(folder: Path | None, history: tuple[Trial, ...] = (), **settings: Any) -> Evaluator:
+    ours = evaluator(**settings)
     ours.remember(history, Networks(folder))
     return ours
 
@@ -124,6 +125,14 @@ def test_a_child_starts_from_its_parents_weights() -> None:
     learnt = dict(tensors_of(ours.recovered(parent)))
     older, kept = ours._units(parent.ratios), ours._units(child.ratios)
     assert same(ours.recovered(child), cut_from(ours.traced, ours.dense_model, learnt, older=older, kept=kept))
+
+
+def test_what_a_child_has_learnt_is_not_reconstructed() -> None:
+    ours = keeping(None, healing=("reconstruct",))
+    parent, child = at(ours, 1, "short"), at(ours, 2, "probe", parent=0)
+    _ = [*ours([(0, parent), (1, child)])]
+    assert same(ours.recovered(child), ours.recovered(replace(child, recovery="none")))
+    assert not same(ours.recovered(at(ours, 2, "probe")), ours.recovered(at(ours, 2, "none")))
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["folder", "memory"])

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO
+
+from autoprune.reconstruct import Reconstruction, patches, solved
+from autoprune.space import trace
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batches(*shape: int, count: int = 3) -> list[tuple[Tensor, Tensor]]:
+    return [(noise(*shape, seed=n), torch.zeros(shape[0])) for n in range(count)]
+
+
+def seeded_model(build: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return build().eval()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), (2, 4, 9, 11)),
+        (nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+        (nn.Linear(4, 6), (2, 4)),
+        (nn.Linear(4, 6), (2, 5, 4)),
+    ],
+)
+def test_patches_times_the_weight_is_what_the_layer_gives(layer: nn.Module, shape: Sequence[int]) -> None:
+    given = noise(*shape)
+    weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
+    ours = patches(layer, given) @ weight.flatten(1).T + bias
+    theirs = layer(given)
+    theirs = theirs if isinstance(layer, nn.Linear) else theirs.flatten(2).transpose(1, 2)
+    assert torch.allclose(ours.flatten(), theirs.flatten(), atol=1e-5)
+
+
+def test_the_weights_are_those_of_least_squares_on_the_samples() -> None:
+    samples, weight, columns = noise(200, 8).double(), noise(5, 8, seed=1).double(), torch.tensor([0, 3, 4, 6])
+    best = torch.linalg.lstsq(samples[:, columns], samples @ weight.T).solution.T
+    assert torch.allclose(solved(samples.T @ samples, weight, columns), best, atol=1e-5)
+
+
+def test_inputs_that_are_always_zero_leave_finite_weights() -> None:
+    samples, weight = noise(200, 8).double(), noise(5, 8, seed=1).double()
+    samples[:, :4] = 0
+    for columns in ([0, 1], [0, 5], [5, 6]):
+        assert solved(samples.T @ samples, weight, torch.tensor(columns)).isfinite().all()
+    assert solved(torch.zeros(8, 8).double(), weight, torch.tensor([1, 2])).isfinite().all()
+
+
+class Signal(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(84, 5)
+        )
+
+
+TWINS = [
+    (ZOO["plain"].build, "0.0", (16, 3, 16, 16)),
+    (ZOO["vgg"].build, "0", (16, 3, 16, 16)),
+    (ZOO["vgg"].build, "3", (16, 3, 16, 16)),  # read through a flatten
+    (ZOO["mlp"].build, "1", None),
+    (Signal, "0", (16, 3, 16)),
+]
+
+
+@pytest.mark.parametrize(("build", "twinned", "shape"), TWINS)
+def test_units_that_others_repeat_are_pruned_for_nothing(
+    build: Callable[[], nn.Module], twinned: str, shape: tuple[int, ...] | None
+) -> None:
+    """The lower half of a layer's units is made a copy of the upper half: what reads both can do without."""
+    model = seeded_model(build)
+    layer = model.get_submodule(twinned)
+    half = layer.get_parameter("weight").shape[0] // 2
+    with torch.no_grad():
+        for name in ("weight", "bias"):
+            if (value := getattr(layer, name)) is not None:
+                value[half:] = value[:half]
+    given = batches(*(shape or (16, 3, 16, 16)))
+    traced = trace(model, (given[0][0][:2],))
+    kept = [np.arange(g.size // 2 if g.name == twinned else g.size) for g in traced.space.groups]
+    smaller = traced.cut(model, kept).eval()
+    with torch.no_grad():
+        wanted, before = model(given[0][0]), smaller(given[0][0])
+        Reconstruction(model, traced, given).apply(smaller, kept)
+        after = smaller(given[0][0])
+    assert not torch.allclose(before, wanted, atol=1e-2)
+    assert torch.allclose(after, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", ["plain", "vgg", "resnet", "mobilenetv2", "densenet", "c2f", "squeeze_excite", "unet"])
+def test_what_reads_no_pruned_unit_stays_and_what_does_comes_closer(name: str) -> None:
+    model = seeded_model(ZOO[name].build)
+    given = batches(16, 3, 16, 16)
+    traced = trace(model, (given[0][0][:2],))
+    rebuild = Reconstruction(model, traced, given)
+    for pruned, group in enumerate(traced.space.groups):
+        kept = [np.arange(g.size // 2 if place == pruned else g.size) for place, g in enumerate(traced.space.groups)]
+        plain, refitted = traced.cut(model, kept).eval(), traced.cut(model, kept).eval()
+        rebuild.apply(refitted, kept)
+        readers = {t for t, dims in traced.removed(kept).items() if 1 in dims}
+        changed = {n for n, p in plain.named_parameters() if not torch.equal(p, dict(refitted.named_parameters())[n])}
+        assert changed <= readers
+        with torch.no_grad():
+            wanted, raw, better = (net(given[0][0]) for net in (model, plain, refitted))
+        if changed:
+            assert (better - wanted).norm() < (raw - wanted).norm(), group.name
+        else:
+            assert torch.equal(raw, better)
+
+
+def test_a_network_that_is_not_pruned_is_not_changed() -> None:
+    model = seeded_model(ZOO["resnet"].build)
+    given = batches(4, 3, 16, 16)
+    traced = trace(model, (given[0][0][:2],))
+    kept = [np.arange(g.size) for g in traced.space.groups]
+    same = traced.cut(model, kept)
+    Reconstruction(model, traced, given).apply(same, kept)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), same.state_dict().values(), strict=True))
+
+
+def test_the_same_seed_samples_the_same_places_and_no_hook_is_left() -> None:
+    model = seeded_model(ZOO["vgg"].build)
+    given = batches(4, 3, 16, 16)
+    traced = trace(model, (given[0][0][:2],))
+    kept = [np.arange(g.size // 2) for g in traced.space.groups]
+
+    def rebuilt(seed: int) -> Tensor:
+        smaller = traced.cut(model, kept)
+        Reconstruction(model, traced, given, seed=seed).apply(smaller, kept)
+        return smaller.get_parameter("3.weight")
+
+    assert torch.equal(rebuilt(0), rebuilt(0))
+    assert not torch.equal(rebuilt(0), rebuilt(1))
+    assert not any(module._forward_pre_hooks for module in model.modules())
