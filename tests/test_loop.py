@@ -51,7 +51,8 @@ def test_a_record_of_another_search_stops_loudly() -> None:
 
 
 def test_golden_conversations() -> None:
-    """The first twenty candidates of each strategy on a fixed world; a change here is a change of behaviour."""
+    """The first twenty candidates of each strategy on a fixed world, and the last where no network's arithmetic
+    decides it, which differs between processors; a change here is a change of behaviour."""
     import json
     from pathlib import Path
 
@@ -60,8 +61,9 @@ def test_golden_conversations() -> None:
     golden = json.loads((Path(__file__).parent / "golden" / "conversations.json").read_text())
     for name, expected in golden["strategies"].items():
         world = World(**golden["world"])
-        build = components.bind(components.spec("strategy", name), "strategy", (), (), {}, seed=0)
-        trials = world.play(build(world.space, world.budgets, world.costs, seed=0))
-        found = [[world.space.kept(t.candidate.ratios), t.candidate.recovery, t.candidate.measure] for t in trials]
-        assert json.loads(json.dumps(found[:20])) == expected["first"], name
-        assert json.loads(json.dumps(found[-1])) == expected["last"], name
+        settings = components.spec("strategy", name) | expected.get("settings", {})
+        build = components.bind(settings, "strategy", (), (), {}, seed=0)
+        trials = [t.candidate for t in world.play(build(world.space, world.budgets, world.costs, seed=0))]
+        found = [[list(world.space.kept(c.ratios)), c.recovery, c.measure] for c in trials]
+        assert found[:20] == expected["first"], name
+        assert found[-1] == expected.get("last", found[-1]), name
