@@ -47,7 +47,7 @@ from autoprune.core import (
     check_rules,
 )
 from autoprune.criteria import Scores
-from autoprune.lineage import Networks, cut_from
+from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import FineTune, finetune, recalibrate
@@ -55,7 +55,7 @@ from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
 CHUNKS = 20
-HEALING = ("bn_recalibrate", "reconstruct")
+HEALING = ("reconstruct", "bn_recalibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +63,13 @@ class Scoring:
     """How candidates are scored: `images` of the search split, what a cut network gets first, `recalibration` training
     batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this.
 
-    recovery: of "reconstruct", which refits what reads pruned units (reconstruct.py), and "bn_recalibrate", which takes
-    new batch normalisation statistics, in the order given. A network that starts from another one's weights is not
-    reconstructed, which would undo what that one has learnt.
+    recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
+    from (reconstruct.py), and "bn_recalibrate", which takes new batch normalisation statistics, in the order given.
     """
 
     images: int = 1000
     recalibration: int = 4
-    recovery: Sequence[str] = ("bn_recalibrate",)
+    recovery: Sequence[str] = HEALING
     short: FineTune = FineTune(epochs=0.25, teach=0.0)
     device: str = "cpu"
 
@@ -128,6 +127,7 @@ class Evaluator:
         self._known: dict[int, Candidate] = {}
         self._digests: dict[Candidate, str] = {}
         self._networks: Networks | None = None
+        self._reconstruction: tuple[str | None, Reconstruction] | None = None
         self.hits = self.evaluations = 0
 
     def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
@@ -186,12 +186,17 @@ class Evaluator:
 
     def recovered(self, candidate: Candidate) -> nn.Module:
         """The candidate's network, cut from the dense network or its parent's and recovered as it asks."""
+        kept = self._units(candidate.ratios)
         if stored := self._stored(candidate):
-            kept = self._units(candidate.ratios)
-            return cut_from(self.traced, self.dense_model, stored, older=kept, kept=kept).eval()
-        model = self.cut(candidate.ratios) if candidate.parent is None else self._child(candidate, candidate.parent)
+            return self.traced.cut(self.traced.spread(self.dense_model, stored, kept), kept).eval()
+        source = self.dense_model if candidate.parent is None else self._spread(candidate.parent, kept)
+        model = self.traced.cut(source, kept).eval()
         if candidate.recovery != "none":
-            self._heal(model, candidate)
+            for step in self.scoring.recovery:
+                if step == "bn_recalibrate":
+                    recalibrate(model, self.recalibration)
+                else:
+                    self._reconstruct(model, kept, source, candidate.parent)
         if candidate.recovery == "short":
             with seeded(self.seed):
                 finetune(
@@ -205,28 +210,30 @@ class Evaluator:
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
 
-    def _heal(self, model: nn.Module, candidate: Candidate) -> None:
-        """What every cut network gets, in place."""
-        for step in self.scoring.recovery:
-            if step == "bn_recalibrate":
-                recalibrate(model, self.recalibration)
-            elif candidate.parent is None:
-                self._reconstruction.apply(model, self._units(candidate.ratios))
+    def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
+        """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
+        kept, as a round's candidates have one parent."""
+        digest = None if parent is None else self._digest(self._candidate(parent))
+        if self._reconstruction is None or self._reconstruction[0] != digest:
+            made = Reconstruction(source, self.traced, self.recalibration, seed=self.seed)
+            self._reconstruction = digest, made
+        self._reconstruction[1].apply(model, kept)
 
-    @functools.cached_property
-    def _reconstruction(self) -> Reconstruction:
-        return Reconstruction(self.dense_model, self.traced, self.recalibration, seed=self.seed)
+    def _spread(self, parent: int, kept: Sequence[Labels]) -> nn.Module:
+        """A network of the dense one's shape that computes what the parent's recovered one does.
 
-    def _child(self, candidate: Candidate, parent: int) -> nn.Module:
-        """The candidate's network, cut from its parent's recovered one and not recovered itself."""
+        Raises:
+            ValueError: a unit is to be kept that the parent has lost.
+        """
         earlier = self._candidate(parent)
         tensors = self._stored(earlier)
         if tensors is None:
             made = self.recovered(earlier)
             self._keep(earlier, made)  # whatever its recovery: it is needed for every child
             tensors = dict(tensors_of(made))
-        older, kept = self._units(earlier.ratios), self._units(candidate.ratios)
-        return cut_from(self.traced, self.dense_model, tensors, older=older, kept=kept).eval()
+        older = self._units(earlier.ratios)
+        check_nested(self.traced.space, older, kept)
+        return self.traced.spread(self.dense_model, tensors, older).eval()
 
     def _stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
         return None if self._networks is None else self._networks.get(self._digest(candidate))

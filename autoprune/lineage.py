@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune.core import PruningSpace
-from autoprune.traced import TracedModel, tensors_of
+from autoprune.traced import tensors_of
 from autoprune.units import Labels
 
 LOG = logging.getLogger("autoprune")
@@ -79,24 +79,8 @@ class Networks:
                 path.unlink(missing_ok=True)
 
 
-def cut_from(
-    traced: TracedModel,
-    dense: nn.Module,
-    parent: Mapping[str, Tensor],
-    *,
-    older: Sequence[Labels],
-    kept: Sequence[Labels],
-) -> nn.Module:
-    """The network that keeps these units of a parent's, whose tensors hold the units `older`.
-
-    Raises:
-        ValueError: a unit is to be kept that the parent has lost.
-    """
-    _check_nested(traced.space, older, kept)
-    return traced.cut(traced.spread(dense, parent, older), kept)
-
-
-def _check_nested(space: PruningSpace, older: Sequence[Labels], kept: Sequence[Labels]) -> None:
+def check_nested(space: PruningSpace, older: Sequence[Labels], kept: Sequence[Labels]) -> None:
+    """Raises ValueError where a unit is to be kept that the parent, which holds the units `older`, has lost."""
     for group, had, keeps in zip(space.groups, older, kept, strict=True):
         if lost := sorted(set(keeps.tolist()) - set(had.tolist())):
             raise ValueError(

@@ -16,15 +16,13 @@ from torch.nn import functional as F
 from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
-from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
+from autoprune.evaluate import CHUNKS, HEALING, Evaluator, Scoring, _interval, _stratified, _subset
 from autoprune.meters.counts import Macs
 from autoprune.recover import FineTune
 from autoprune.space import trace
 
 
-def evaluator(
-    cache: Path | None = None, seed: int = 0, healing: Sequence[str] = ("bn_recalibrate",), **change: Any
-) -> Evaluator:
+def evaluator(cache: Path | None = None, seed: int = 0, healing: Sequence[str] = HEALING, **change: Any) -> Evaluator:
     task = replace(make_task(), **change)
     traced = trace(task.model, task.inputs, levels=6)
     dense = counted(task.model, task.inputs)
@@ -78,7 +76,7 @@ def test_the_dense_candidate_is_not_changed_by_reconstruction() -> None:
     "wrong", ["reconstruct", ("reconstructed",), ("bn_recalibrate", "bn_recalibrate"), ("reconstruct", "short")]
 )
 def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
-    with pytest.raises(InputError, match="recovery must be a list of bn_recalibrate, reconstruct, each at most once"):
+    with pytest.raises(InputError, match="recovery must be a list of reconstruct, bn_recalibrate, each at most once"):
         Scoring(recovery=wrong)
 
 

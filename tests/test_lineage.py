@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from zoo import ZOO
 
 from autoprune.core import Candidate, Trial
 from autoprune.evaluate import Evaluator
-from autoprune.lineage import Networks, cut_from, folder_beside
+from autoprune.lineage import Networks, check_nested, folder_beside
 from autoprune.proof import _masked, randomise
 from autoprune.space import trace
 from autoprune.traced import TracedModel, tensors_of
@@ -33,6 +33,12 @@ def nested(traced: TracedModel, seed: int) -> tuple[list[Labels], list[Labels]]:
     return older, [some(units) for units in older]
 
 
+def cut_from(
+    traced: TracedModel, dense: nn.Module, parent: nn.Module, older: Sequence[Labels], kept: Sequence[Labels]
+) -> nn.Module:
+    return traced.cut(traced.spread(dense, dict(tensors_of(parent)), older), kept).eval()
+
+
 @pytest.mark.parametrize("name", ZOO)
 def test_a_child_of_a_parent_that_learnt_nothing_is_cut_from_the_dense_network(name: str) -> None:
     """Bit for bit."""
@@ -40,7 +46,7 @@ def test_a_child_of_a_parent_that_learnt_nothing_is_cut_from_the_dense_network(n
     model = specimen.build().eval()
     traced = trace(model, specimen.inputs())
     older, kept = nested(traced, 0)
-    child = cut_from(traced, model, dict(tensors_of(traced.cut(model, older))), older=older, kept=kept)
+    child = cut_from(traced, model, traced.cut(model, older), older, kept)
     direct = traced.cut(model, kept)
     for (left, a), (right, b) in zip(tensors_of(child), tensors_of(direct), strict=True):
         assert left == right
@@ -58,7 +64,7 @@ def test_cutting_a_recovered_parent_equals_masking_it(name: str) -> None:
     randomise(parent, np.random.default_rng(7))  # it has learnt since it was cut
     inputs = tuple(x.double() for x in specimen.inputs(3))
     whole = traced.spread(model, dict(tensors_of(parent)), older).eval()
-    child = cut_from(traced, model, dict(tensors_of(parent)), older=older, kept=kept).eval()
+    child = cut_from(traced, model, parent, older, kept)
     with torch.no_grad():
         torch.testing.assert_close(whole(*inputs), parent.eval()(*inputs), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(child(*inputs), _masked(whole, traced, kept)(*inputs), rtol=1e-9, atol=1e-9)
@@ -71,7 +77,7 @@ def test_a_child_cannot_keep_what_its_parent_lost() -> None:
     older = [np.arange(1, g.size) for g in traced.space.groups]
     kept = [older[0], np.array([0, 3])]
     with pytest.raises(ValueError, match=r"group '1\.0' is to keep unit 0, which its parent has lost"):
-        cut_from(traced, model, dict(tensors_of(traced.cut(model, older))), older=older, kept=kept)
+        check_nested(traced.space, older, kept)
 
 
 # ------------------------------------------------------------------------------------------------------- the evaluator
@@ -122,17 +128,23 @@ def test_a_child_starts_from_its_parents_weights() -> None:
     (orphan,) = evaluator()([(0, at(ours, 2, "none"))])
     assert inherits.error is None
     assert inherits.loss != orphan.loss
-    learnt = dict(tensors_of(ours.recovered(parent)))
-    older, kept = ours._units(parent.ratios), ours._units(child.ratios)
-    assert same(ours.recovered(child), cut_from(ours.traced, ours.dense_model, learnt, older=older, kept=kept))
+    learnt, older, kept = ours.recovered(parent), ours._units(parent.ratios), ours._units(child.ratios)
+    assert same(ours.recovered(child), cut_from(ours.traced, ours.dense_model, learnt, older, kept))
 
 
-def test_what_a_child_has_learnt_is_not_reconstructed() -> None:
+def test_a_child_is_reconstructed_from_what_its_parent_has_learnt() -> None:
     ours = keeping(None, healing=("reconstruct",))
-    parent, child = at(ours, 1, "short"), at(ours, 2, "probe", parent=0)
-    _ = [*ours([(0, parent), (1, child)])]
-    assert same(ours.recovered(child), ours.recovered(replace(child, recovery="none")))
-    assert not same(ours.recovered(at(ours, 2, "probe")), ours.recovered(at(ours, 2, "none")))
+    parent = at(ours, 1, "short")
+    _ = [*ours([(0, parent), (1, at(ours, 2, "none", parent=0))])]
+    teacher, orphan = ours.recovered(parent), ours.recovered(at(ours, 3, "probe"))
+    bare, child = (ours.recovered(at(ours, 3, recovery, parent=0)) for recovery in ("none", "probe"))
+
+    def apart(model: nn.Module) -> float:
+        with torch.no_grad():
+            images, _ = ours.recalibration[0]
+            return float((model(images) - teacher(images)).norm())
+
+    assert apart(child) < min(apart(bare), apart(orphan))
 
 
 @pytest.mark.parametrize("beside", [True, False], ids=["folder", "memory"])
