@@ -163,7 +163,8 @@ class Term:
 class Candidate:
     """What a strategy asks to be tried: one ratio per group, how to heal it, whether to measure.
 
-    recovery: "none" cuts and scores; "probe" recalibrates batch normalisation; "short" fine-tunes briefly as well.
+    recovery: "none" cuts and scores; "probe" heals without training (reconstruction, batch normalisation statistics);
+    "short" fine-tunes briefly as well.
     glance: a measurement is to steer by and will decide nothing, so that few processes are enough.
     parent: number of an earlier trial whose recovered network this one is cut from; None for the dense network.
     about: what the strategy says of it for people (a round, a target); it changes nothing about the evaluation.

@@ -51,7 +51,8 @@ def finetune_table(
     device: str = "cpu",
     progress: Progress = Silent(),
 ) -> FineTuned:
-    """Reuse a ratio table in training: prune the task's model by it, recalibrate, fine-tune, and read the test split.
+    """Reuse a ratio table in training: prune the task's model by it, reconstruct and
+    recalibrate it, fine-tune, and read the test split.
 
     Raises:
         InputError: the task is wrong, or its model has another architecture than the table's.
@@ -66,7 +67,7 @@ def finetune_table(
     with seeded(seed):
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    model = table.prune(task.model, task.inputs).to(device)
+    model = table.prune(task.model, task.inputs, reconstruct=batches).to(device)
     teacher = copy.deepcopy(task.model).to(device)
     recalibrate(model, to_device(batches, device))
     train(model, task, final, teacher=teacher, seed=seed, progress=progress)

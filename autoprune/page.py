@@ -125,7 +125,7 @@ def _rounds_svg(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) 
     """Score against the first budget's cost: the proposals of all rounds, and the way of the winners."""
     budget, rounds = values["budgets"][0], values["rounds"]
     drawn, axes = figure(7.5, 4.0, 1, 1)
-    for recovery, colour, label in (("probe", GREY, "recalibrated"), ("short", BLUE, "fine-tuned")):
+    for recovery, colour, label in (("probe", GREY, "before fine-tuning"), ("short", BLUE, "fine-tuned")):
         proposed = (trials[n] for made in rounds for n in made["proposals"])
         shown = [t for t in proposed if t["recovery"] == recovery and not t["error"]]
         if shown:

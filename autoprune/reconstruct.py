@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.borrowing import arguments
+from autoprune.borrowing import arguments, evaluating
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
@@ -47,7 +47,7 @@ class Reconstruction:
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in readers and _refits(model, n)}
         self._grams = {name: _empty(weight) for name, weight in self._weights.items()}
         generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad(), ExitStack() as hooks:
+        with torch.no_grad(), evaluating(model), ExitStack() as hooks:
             for name, gram in self._grams.items():
                 hooks.enter_context(_summing(model.get_submodule(name.removesuffix(".weight")), gram, generator))
             for inputs, _ in batches:

@@ -102,7 +102,7 @@ def needs(depth): return depth
         ("search seed=one", "seed must be a whole number, got 'one'"),
         ("search seed=-1", "seed must be a whole number of 0 or more, got -1"),
         ("search evaluator.images=many", "evaluator.images must be a whole number, got 'many'"),
-        ("search evaluator.images=1", "images must be >= 2"),
+        ("search evaluator.images=1", "evaluator: images >= 2 must hold, got images=1"),
         ("search finetune.epochs=-1", "epochs >= 0 must hold, got epochs=-1"),
         ("search space.levels=1", "levels must be >= 2"),
         ("search strategy.sweep_levels=0", "sweep_levels and attempts must be >= 1"),

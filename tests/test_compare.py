@@ -22,7 +22,7 @@ def row(strategy: str, seed: int, fine_tuned: float) -> Row:
         met=True,
         use=0.98,
         dense=0.93,
-        recalibrated=0.8,
+        before=0.8,
         fine_tuned=fine_tuned,
         trials=10,
         seconds=3.0,

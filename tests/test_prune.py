@@ -65,6 +65,17 @@ def test_on_the_same_weights_the_listed_units_are_kept() -> None:
     assert torch.equal(smaller.get_parameter("conv1.weight"), model.get_parameter("conv1.weight")[:4])
 
 
+def test_reconstruction_brings_a_pruned_network_closer_and_leaves_the_model_in_its_mode() -> None:
+    model = network().train()
+    table, batches = table_of(model), [(torch.randn(32, 3, 16, 16), torch.zeros(32))]
+    plain, refitted = (table.prune(model, INPUTS, reconstruct=shown).eval() for shown in ((), batches))
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        wanted = model(*INPUTS)
+        assert (refitted(*INPUTS) - wanted).norm() < (plain(*INPUTS) - wanted).norm()
+
+
 def test_on_other_weights_units_are_ranked_again() -> None:
     table, other = table_of(network(0)), network(1)
     smaller = table.prune(other, INPUTS)

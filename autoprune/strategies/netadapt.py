@@ -6,8 +6,7 @@ least cut of that group alone that meets the targets; proposals start from the l
 briefly; the best becomes the winner, is measured, and the next round starts from it.
 
 Deviations from the paper:
-- screen: only the `screen` proposals of best score after recalibrating batch normalisation are fine-tuned (0: all, as
-  in the paper).
+- screen: only the `screen` proposals of best score before fine-tuning are fine-tuned (0: all, as in the paper).
 - rule="ratio": least loss of score per cost saved (Howard et al., MobileNetV3, ICCV 2019, section 4.2; the authors'
   public code); "accuracy" is the paper's rule. Equal scores are told apart by the loss.
 - start="allocation": rounds begin a part of the way to the budget, at the exact allocation of a sensitivity sweep that
@@ -67,8 +66,8 @@ class Round:
     """One round. number: from 1; 0 is the allocation that rounds start from.
 
     targets, predicted, measured: one value a budget [B] in the cost's unit; predicted and measured are the winner's.
-    proposals: numbers of the trials that were compared. winner: number of the winner's measured trial. Its score after
-    recalibration (None where that was not asked for) and after its short fine-tune.
+    proposals: numbers of the trials that were compared. winner: number of the winner's measured trial. Its score before
+    fine-tuning (None where that was not asked for) and after its short fine-tune.
     """
 
     number: int
@@ -223,7 +222,7 @@ class NetAdapt(Scripted):
     def _tried(
         self, candidates: Mapping[Levels, Candidate]
     ) -> Generator[list[Candidate], Sequence[Trial], tuple[dict[Levels, Trial], dict[Levels, Trial]]]:
-        """The proposals that succeeded: recalibrated only (none without screening), and recovered as was asked."""
+        """The proposals that succeeded: before fine-tuning (none without screening), and recovered as was asked."""
         before: dict[Levels, Trial] = {}
         order = list(candidates)
         if self.screen and self.recovery == "short":

@@ -1,7 +1,7 @@
 """Sensitivity: what each group's pruning costs in loss, then the exact choice of ratios under the budgets.
 
 Each group alone is cut at some of its levels and scored (MIT 6.5940's per-layer sweep; Han et al., NeurIPS 2015). The
-loss increase over the dense model on the same images, after recalibrating batch normalisation, is made monotone
+loss increase over the dense model on the same images, before any fine-tuning, is made monotone
 (isotonic regression) and interpolated to the other levels. The levels of least summed loss under every budget follow
 from an exact allocation (allocate.py) on the cost tables, pairs of groups included. The answer is measured; a limit
 that is missed, or kept by far, calibrates its cost model, and what leads to the answer is solved again.
