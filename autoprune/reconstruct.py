@@ -30,7 +30,6 @@ from autoprune.units import Labels
 
 POSITIONS = 32  # of an image, at which a convolution's input is sampled
 RIDGE = 1e-6  # of G's mean diagonal: keeps dead inputs finite
-PATCHES = 2**24  # values that are unfolded at a time
 
 
 class Reconstruction:
@@ -75,22 +74,23 @@ def solved(gram: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
     return found.T.to(weight.dtype)
 
 
-def patches(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """What a layer multiplies its flattened weight with: [images, positions, I], in the weight's own order."""
+def windows(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """What a layer multiplies its flattened weight with, at each place of its output: [images, rows, columns, I...],
+    the last dimensions in the weight's order. A view of the inputs, padded."""
     if isinstance(layer, nn.Linear):
-        return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        return inputs.reshape(len(inputs), -1, 1, inputs.shape[-1])
     assert isinstance(layer, nn.Conv1d | nn.Conv2d)
     flat = (1,) * (2 - len(layer.kernel_size))  # a signal is an image of one row
+    kernel, stride, dilation = flat + layer.kernel_size, flat + layer.stride, flat + layer.dilation
+    padding = (0,) * len(flat) + tuple(int(size) for size in layer.padding)
     images = inputs if inputs.dim() == 4 else inputs.unsqueeze(2)
-    padding = tuple(int(size) for size in layer.padding)
-    found = F.unfold(
-        images,
-        flat + layer.kernel_size,
-        dilation=flat + layer.dilation,
-        padding=(0,) * len(flat) + padding,
-        stride=flat + layer.stride,
+    images = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
+    sizes = [(images.shape[2 + d] - dilation[d] * (kernel[d] - 1) - 1) // stride[d] + 1 for d in (0, 1)]
+    image, channel, *steps = images.stride()
+    between = [steps[d] * stride[d] for d in (0, 1)], [steps[d] * dilation[d] for d in (0, 1)]
+    return images.as_strided(
+        (len(images), *sizes, images.shape[1], *kernel), (image, *between[0], channel, *between[1])
     )
-    return found.transpose(1, 2)
 
 
 @contextmanager
@@ -98,21 +98,16 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
     """While this is open, what the layer reads is sampled and added to its Gram matrix."""
 
     def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        for images in given[0].split(max(1, PATCHES // _values(module, given[0][:1]))):
-            seen = patches(module, images)
-            places = torch.randperm(seen.shape[1], generator=generator)[:POSITIONS]
-            samples = seen[:, places.to(seen.device)].flatten(0, 1)
-            gram.add_(samples.T @ samples)
+        seen = windows(module, given[0])
+        places = torch.randperm(seen.shape[1] * seen.shape[2], generator=generator)[:POSITIONS].to(seen.device)
+        samples = seen[:, places // seen.shape[2], places % seen.shape[2]].flatten(2).flatten(0, 1)
+        gram.add_(samples.T @ samples)
 
     handle = layer.register_forward_pre_hook(hook)
     try:
         yield
     finally:
         handle.remove()
-
-
-def _values(layer: nn.Module, image: Tensor) -> int:
-    return patches(layer, image).numel()
 
 
 def _refits(model: nn.Module, weight: str) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from autoprune.reconstruct import Reconstruction, patches, solved
+from autoprune.reconstruct import Reconstruction, solved, windows
 from autoprune.space import trace
 
 
@@ -34,10 +34,10 @@ def seeded_model(build: Callable[[], nn.Module]) -> nn.Module:
         (nn.Linear(4, 6), (2, 5, 4)),
     ],
 )
-def test_patches_times_the_weight_is_what_the_layer_gives(layer: nn.Module, shape: Sequence[int]) -> None:
+def test_windows_times_the_weight_is_what_the_layer_gives(layer: nn.Module, shape: Sequence[int]) -> None:
     given = noise(*shape)
     weight, bias = layer.get_parameter("weight"), layer.get_parameter("bias")
-    ours = patches(layer, given) @ weight.flatten(1).T + bias
+    ours = windows(layer, given).flatten(3) @ weight.flatten(1).T + bias
     theirs = layer(given)
     theirs = theirs if isinstance(layer, nn.Linear) else theirs.flatten(2).transpose(1, 2)
     assert torch.allclose(ours.flatten(), theirs.flatten(), atol=1e-5)
