@@ -28,7 +28,7 @@ from autoprune.borrowing import arguments, evaluating
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
-POSITIONS = 32  # of an image, at which a convolution's input is sampled
+POSITIONS = 16  # of an image, at which a convolution's input is sampled
 RIDGE = 1e-6  # of G's mean diagonal: keeps dead inputs finite
 
 

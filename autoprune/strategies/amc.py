@@ -5,12 +5,13 @@ Lillicrap et al., "Continuous control with deep reinforcement learning" (DDPG), 
 group, one episode a candidate (pruning_env.py); random walks first, then the actor's choice with noise that decays.
 Every transition of an episode is paid the episode's reward (section 3.2), less a moving average.
 
-Deviations from the paper and its public code (mit-han-lab/amc); `amc_paper` in conf/strategy/ undoes the first four,
+Deviations from the paper and its public code (mit-han-lab/amc); `amc_paper` in conf/strategy/ undoes the first five,
 which is what it takes to learn in a few hundred episodes (experiments/amc):
 - least: walks are bounded from below too, so that they end at the budget and not far inside it.
 - credit: the critic learns what a choice came to at the end (Monte Carlo) instead of looking ahead to its own estimate.
 - index: the agent sees the group's number as a unit vector beside the eleven features.
 - The actor learns as fast as the critic (1e-3, paper 1e-4), and the noise decays by 0.99 an episode (paper 0.95).
+- Hidden layers are 64 wide (paper 300): a third less time, and no worse (experiments/amc).
 - What is remembered of an action is what the bound made of it.
 - The agent is Stable-Baselines3's: `ddpg`, or `td3` and `sac` by the same walk, noise and memory.
 - A walk that was scored before is not scored again; its reward is remembered.
@@ -98,7 +99,7 @@ class Amc(Scripted):
         batch: int = 1,
         agent: Literal["ddpg", "td3", "sac"] = "ddpg",
         reward: Literal["accuracy", "accuracy_guaranteed"] = "accuracy",
-        hidden: Sequence[int] = (300, 300),
+        hidden: Sequence[int] = (64, 64),
         actor_lr: float = 1e-3,
         critic_lr: float = 1e-3,
         tau: float = 0.01,
