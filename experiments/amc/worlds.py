@@ -31,22 +31,24 @@ HERE = Path(__file__).parent
 EPISODES = 400
 LAST = 50  # episodes that are compared with the warm-up
 STRATEGIES = ("uniform", "random", "optuna", "optuna by score", "sensitivity", "netadapt", "amc_paper", "amc")
-PAPER: dict[str, Any] = {"least": 0.0, "credit": "every_step", "index": "scalar", "actor_lr": 1e-4, "decay": 0.95}
+WIDE = {"hidden": (300, 300)}
+PAPER: dict[str, Any] = WIDE | {"least": 0.0, "credit": "every_step"}
+PAPER |= {"index": "scalar", "actor_lr": 1e-4, "decay": 0.95}
 OPTIONS: dict[str, dict[str, Any]] = {
     "the paper's settings": PAPER,
     "+ least=0.95": PAPER | {"least": 0.95},
     "+ index=one_hot": PAPER | {"least": 0.95, "index": "one_hot"},
     "+ decay=0.99": PAPER | {"least": 0.95, "index": "one_hot", "decay": 0.99},
     "+ actor_lr=1e-3": PAPER | {"least": 0.95, "index": "one_hot", "decay": 0.99, "actor_lr": 1e-3},
-    "+ credit=monte_carlo, the default": {},
-    "default, updates=0, which learns nothing": {"updates": 0},
-    "default, hidden=[64,64]": {"hidden": (64, 64)},
-    "default, updates=4": {"updates": 4},
-    "default, warm_up=50": {"warm_up": 50},
-    "default, agent=td3": {"agent": "td3"},
-    "default, agent=sac": {"agent": "sac"},
-    "default, allocations=[1.0,0.9,0.8]": {"allocations": (1.0, 0.9, 0.8)},
-    "default, stages=[1.5,1.2,1.0]": {"stages": (1.5, 1.2, 1.0)},
+    "+ credit=monte_carlo": WIDE,
+    "+ hidden=[64,64], the default": {},
+    "300 wide, updates=0, which learns nothing": WIDE | {"updates": 0},
+    "300 wide, updates=4": WIDE | {"updates": 4},
+    "300 wide, warm_up=50": WIDE | {"warm_up": 50},
+    "300 wide, agent=td3": WIDE | {"agent": "td3"},
+    "300 wide, agent=sac": WIDE | {"agent": "sac"},
+    "300 wide, allocations=[1.0,0.9,0.8]": WIDE | {"allocations": (1.0, 0.9, 0.8)},
+    "300 wide, stages=[1.5,1.2,1.0]": WIDE | {"stages": (1.5, 1.2, 1.0)},
 }
 
 
