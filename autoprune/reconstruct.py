@@ -3,19 +3,20 @@ gave in the dense network.
 
 He, Zhang and Sun, "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, arXiv 1707.06168, section
 3.1, step (ii), which AMC scores its candidates after (arXiv 1802.03494). Of a layer with weights W that reads X in the
-dense network, the weights V on the kept columns K are
+dense network, the weights V on the kept columns K, the others being R, are
 
-    argmin |X W' - X_K V'|^2,   V' = (G_KK + ridge)^-1 G_K. W',   G = X' X
+    argmin |X W' - X_K V'|^2 + ridge |V - W_K|^2,   V' = W_K' + (G_KK + ridge)^-1 G_KR W_R',   G = X' X
 
-so G is summed up once, and a candidate takes one small solve a layer.
+so G is summed up once, and a candidate takes one small solve a layer. The ridge is ours: what the samples do not tell,
+of an input that is always zero or a layer that was never seen at work, stays as it was.
 
-Letters: N samples, I inputs of a layer (channels x kernel positions), O outputs, K kept inputs.
+Letters: N samples, I inputs of a layer (channels x kernel positions), O outputs, K kept and R removed inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,12 +30,13 @@ from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
 POSITIONS = 16  # of an image, at which a convolution's input is sampled
-RIDGE = 1e-6  # of G's mean diagonal: keeps dead inputs finite
+RIDGE = 1e-4  # of G's mean diagonal
+MOST = 5000  # inputs of a layer; G of more takes gigabytes
 
 
 class Reconstruction:
     """The Gram matrices of all layers that read prunable units: `nn.Linear`, and `nn.Conv1d` and `nn.Conv2d` of one
-    group that pad with zeros. Other layers are left as they are cut.
+    group that pad with zeros, of at most MOST inputs. Other layers are left as they are cut.
 
     Raises:
         whatever the model raises on these batches.
@@ -61,17 +63,20 @@ class Reconstruction:
             if 1 not in gone:
                 continue
             rows = np.setdiff1d(np.arange(weight.shape[0]), gone.get(0, ()))
-            columns = np.setdiff1d(np.arange(weight.shape[1]), gone[1])
+            keeps = np.setdiff1d(np.arange(weight.shape[1]), gone[1])
             dense = weight[torch.from_numpy(rows).to(weight.device)].flatten(1)
-            parameters[name].copy_(solved(self._grams[name], dense, _spread(columns, weight)).view_as(parameters[name]))
+            found = solved(self._grams[name], dense, _spread(keeps, weight), _spread(np.unique(gone[1]), weight))
+            parameters[name].copy_(found.view_as(parameters[name]))
 
 
-def solved(gram: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
-    """The weights [O, K] on these columns [K] that come closest to weight [O, I] on all of them; gram [I, I]."""
+def solved(gram: Tensor, weight: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
+    """The weights [O, K] on the columns kept [K] that come closest to weight [O, I] on these and the removed [R]; gram
+    [I, I]."""
     ridge = RIDGE * (float(gram.diagonal().mean()) or 1.0)
-    ours = gram[columns][:, columns] + ridge * torch.eye(len(columns), dtype=gram.dtype, device=gram.device)
-    found: Tensor = torch.linalg.solve(ours, gram[columns] @ weight.T.to(gram.dtype))
-    return found.T.to(weight.dtype)
+    ours = gram[kept][:, kept] + ridge * torch.eye(len(kept), dtype=gram.dtype, device=gram.device)
+    lost = gram[kept][:, removed] @ weight[:, removed].T.to(gram.dtype)
+    found: Tensor = weight[:, kept] + torch.linalg.solve(ours, lost).T
+    return found.to(weight.dtype)
 
 
 def windows(layer: nn.Module, inputs: Tensor) -> Tensor:
@@ -97,13 +102,14 @@ def windows(layer: nn.Module, inputs: Tensor) -> Tensor:
 def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iterator[None]:
     """While this is open, what the layer reads is sampled and added to its Gram matrix."""
 
-    def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen = windows(module, given[0])
+    def hook(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+        seen = windows(module, given[0] if given else named["input"])
         places = torch.randperm(seen.shape[1] * seen.shape[2], generator=generator)[:POSITIONS].to(seen.device)
         samples = seen[:, places // seen.shape[2], places % seen.shape[2]].flatten(2).flatten(0, 1)
+        samples = samples.to(torch.promote_types(samples.dtype, torch.float32))
         gram.add_(samples.T @ samples)
 
-    handle = layer.register_forward_pre_hook(hook)
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -113,7 +119,9 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
 def _refits(model: nn.Module, weight: str) -> bool:
     """Whether this weight's layer is one that is refitted, and the only one that has it."""
     layer, name = model.get_submodule(weight.rpartition(".")[0]), weight.rpartition(".")[2]
-    if name != "weight" or sum(getattr(m, "weight", None) is layer.weight for m in model.modules()) > 1:
+    if name != "weight" or math.prod(model.get_parameter(weight).shape[1:]) > MOST:
+        return False
+    if sum(getattr(m, "weight", None) is layer.weight for m in model.modules()) > 1:
         return False
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
