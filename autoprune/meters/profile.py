@@ -44,7 +44,7 @@ Cut = Callable[[Sequence[int]], "nn.Module"]
 class Profile:
     """How many networks make a table: `networks` are fitted, `held_out` tell its error."""
 
-    networks: int = 40
+    networks: int = 30
     held_out: int = 20
 
     def __post_init__(self) -> None:

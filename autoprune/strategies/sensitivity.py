@@ -81,7 +81,7 @@ class Sensitivity(Scripted):
         costs: Mapping[str, CostModel],
         *,
         seed: int = 0,
-        sweep_levels: int = 7,
+        sweep_levels: int = 6,
         refinements: int = 1,
         evenness: Sequence[float] = EVENNESS,
         attempts: int = 4,
