@@ -53,7 +53,15 @@ def test_every_strategy_is_built_with_the_defaults_of_its_class(name: str) -> No
 def test_the_papers_amc_differs_where_it_is_said_to() -> None:
     ours, papers = components.spec("strategy", "amc"), components.spec("strategy", "amc_paper")
     different = {key: papers[key] for key in ours if ours[key] != papers[key]}
-    assert different == {"actor_lr": 1e-4, "credit": "every_step", "index": "scalar", "decay": 0.95, "least": 0.0}
+    paper = {
+        "actor_lr": 1e-4,
+        "credit": "every_step",
+        "index": "scalar",
+        "decay": 0.95,
+        "hidden": [300, 300],
+        "least": 0.0,
+    }
+    assert different == paper
     assert components.named("strategy", papers) == "amc_paper"
     assert components.named("strategy", ours | {"episodes": 10}) == "amc"
     world = World(0)
