@@ -215,6 +215,7 @@ class Evaluator:
         kept, as a round's candidates have one parent."""
         digest = None if parent is None else self._digest(self._candidate(parent))
         if self._reconstruction is None or self._reconstruction[0] != digest:
+            self._reconstruction = None  # two at once would take twice the memory
             made = Reconstruction(source, self.traced, self.recalibration, seed=self.seed)
             self._reconstruction = digest, made
         self._reconstruction[1].apply(model, kept)

@@ -141,7 +141,7 @@ class RatioTable:
         On the weights the table was made from, the very units it lists are kept; on other weights of the same
         architecture the units are ranked again by `criterion` (batches and loss are for those that need gradients).
 
-        reconstruct: a few training batches (inputs, target) on the model's device; on what they show, layers that read
+        reconstruct: a few training batches (inputs, target); on what they show, layers that read
         pruned units are refitted by least squares (reconstruct.py). It loses much less before any training, and less
         after it. Batch normalisation statistics are left to the training.
 

@@ -48,11 +48,12 @@ class Reconstruction:
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in readers and _refits(model, n)}
         self._grams = {name: _empty(weight) for name, weight in self._weights.items()}
         generator = torch.Generator().manual_seed(seed)
+        device = next((weight.device for weight in self._weights.values()), None)
         with torch.no_grad(), evaluating(model), ExitStack() as hooks:
             for name, gram in self._grams.items():
-                hooks.enter_context(_summing(model.get_submodule(name.removesuffix(".weight")), gram, generator))
+                hooks.enter_context(_summing(model.get_submodule(name.rpartition(".")[0]), gram, generator))
             for inputs, _ in batches:
-                model(*arguments(inputs))
+                model(*arguments(inputs, device))
 
     @torch.no_grad()
     def apply(self, smaller: nn.Module, kept: Sequence[Labels]) -> None:
@@ -103,10 +104,13 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
     """While this is open, what the layer reads is sampled and added to its Gram matrix."""
 
     def hook(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
-        seen = windows(module, given[0] if given else named["input"])
+        inputs = given[0] if given else named["input"]
+        if inputs.numel() == 0 or inputs.dim() < 2 or inputs.dim() != _dims(module, inputs):
+            return  # one example without a batch
+        seen = windows(module, inputs)
         places = torch.randperm(seen.shape[1] * seen.shape[2], generator=generator)[:POSITIONS].to(seen.device)
         samples = seen[:, places // seen.shape[2], places % seen.shape[2]].flatten(2).flatten(0, 1)
-        samples = samples.to(torch.promote_types(samples.dtype, torch.float32))
+        samples = samples.to(gram.dtype)  # before the product, which autocast would make one of halves
         gram.add_(samples.T @ samples)
 
     handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
@@ -116,15 +120,23 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
         handle.remove()
 
 
+def _dims(layer: nn.Module, inputs: Tensor) -> int:
+    """Dimensions of a batch that this layer reads; a linear layer takes any."""
+    return len(layer.kernel_size) + 2 if isinstance(layer, nn.Conv1d | nn.Conv2d) else inputs.dim()
+
+
 def _refits(model: nn.Module, weight: str) -> bool:
     """Whether this weight's layer is one that is refitted, and the only one that has it."""
     layer, name = model.get_submodule(weight.rpartition(".")[0]), weight.rpartition(".")[2]
     if name != "weight" or math.prod(model.get_parameter(weight).shape[1:]) > MOST:
         return False
-    if sum(getattr(m, "weight", None) is layer.weight for m in model.modules()) > 1:
+    if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         return False
+    if type(layer).forward not in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward):
+        return False  # what a subclass makes of its weight is not known
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+        stock = type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
+        return stock and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return isinstance(layer, nn.Linear)
 
 
