@@ -11,7 +11,7 @@ which is what it takes to learn in a few hundred episodes (experiments/amc):
 - credit: the critic learns what a choice came to at the end (Monte Carlo) instead of looking ahead to its own estimate.
 - index: the agent sees the group's number as a unit vector beside the eleven features.
 - The actor learns as fast as the critic (1e-3, paper 1e-4), and the noise decays by 0.99 an episode (paper 0.95).
-- Hidden layers are 64 wide (paper 300): half of the time or less at about the same regret (experiments/amc).
+- Hidden layers are 64 wide (paper 300): a third less time at about the same regret (experiments/amc).
 - What is remembered of an action is what the bound made of it.
 - The agent is Stable-Baselines3's: `ddpg`, or `td3` and `sac` by the same walk, noise and memory.
 - A walk that was scored before is not scored again; its reward is remembered.
