@@ -220,6 +220,7 @@ def _finetune(words: Sequence[str]) -> int:
             table,
             criterion=config["criterion"],
             final=plan,
+            recovery=config["recovery"],
             recalibration=config["recalibration"],
             seed=config["seed"],
             device=config["device"],

@@ -23,9 +23,9 @@ from autoprune import components, run
 from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
 from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, Task
-from autoprune.final import test
+from autoprune.evaluate import Scoring
+from autoprune.final import healed, test
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
-from autoprune.recover import recalibrate
 from autoprune.result import Result
 
 FILES = ("comparison.csv", "comparison.md", "comparison.svg")
@@ -35,9 +35,9 @@ BATCHES = 8  # of training, for what answers get before they are fine-tuned
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One search. use: the largest fraction of a limit that its network takes. before, fine_tuned: the metric on the
-    test split, of the answer when it is only reconstructed and recalibrated, and after the final fine-tune; dense: of
-    the dense network. trials: how many candidates were scored, finalists and answers included; seconds: from the first
-    to the last, with what the strategy thought between. made_of: a digest of all settings."""
+    test split, of the answer as `evaluator.recovery` leaves it without training, and after the final fine-tune; dense:
+    of the dense network. trials: how many candidates were scored, finalists and answers included; seconds: from the
+    first to the last, with what the strategy thought between. made_of: a digest of all settings."""
 
     budget: str
     strategy: str
@@ -137,7 +137,8 @@ def compare(
             except RuntimeError as error:
                 progress.say(f"{name} under {key[0]}, seed {seed} failed and is left out: {error}")
                 continue
-            row = _row(task, result, key, digest)
+            recovery = settings.get("scoring", Scoring()).recovery
+            row = _row(task, result, key, digest, recovery)
             _append(file, row)
         rows.append(row)
         (folder / FILES[1]).write_text("\n".join(table(rows)) + "\n")
@@ -150,12 +151,10 @@ def _digest(identity: str, strategy: Mapping[str, Any]) -> str:
     return hashlib.sha256(made_of.encode()).hexdigest()[:8]
 
 
-def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str) -> Row:
+def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str, recovery: Sequence[str]) -> Row:
     with seeded(key[2]):
         batches = first(task.train, BATCHES)
-    plain = result.table.prune(task.model, task.inputs, reconstruct=batches)
-    recalibrate(plain, batches)
-    (before,) = test(task, [plain])
+    (before,) = test(task, [healed(task, result.table, batches, recovery)])
     return Row(
         budget=key[0],
         strategy=key[1],

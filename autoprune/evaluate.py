@@ -50,12 +50,11 @@ from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
 CHUNKS = 20
-HEALING = ("reconstruct", "bn_recalibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +63,7 @@ class Scoring:
     batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this.
 
     recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
-    from (reconstruct.py), and "bn_recalibrate", which takes new batch normalisation statistics, in the order given.
+    from (reconstruct.py), and then "bn_recalibrate", which takes new batch normalisation statistics.
     """
 
     images: int = 1000
@@ -74,14 +73,9 @@ class Scoring:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        rules = {
-            "images >= 2": self.images >= 2,
-            "recalibration >= 0": self.recalibration >= 0,
-            f"recovery must be a list of {', '.join(HEALING)}, each at most once": not isinstance(self.recovery, str)
-            and len(set(self.recovery)) == len(self.recovery)
-            and set(self.recovery) <= set(HEALING),
-        }
+        rules = {"images >= 2": self.images >= 2, "recalibration >= 0": self.recalibration >= 0}
         check_rules("evaluator", rules, vars(self))
+        check_healing("evaluator", self.recovery)
 
 
 @dataclass(frozen=True)
@@ -192,11 +186,10 @@ class Evaluator:
         source = self.dense_model if candidate.parent is None else self._spread(candidate.parent, kept)
         model = self.traced.cut(source, kept).eval()
         if candidate.recovery != "none":
-            for step in self.scoring.recovery:
-                if step == "bn_recalibrate":
-                    recalibrate(model, self.recalibration)
-                else:
-                    self._reconstruct(model, kept, source, candidate.parent)
+            if "reconstruct" in self.scoring.recovery:
+                self._reconstruct(model, kept, source, candidate.parent)
+            if "bn_recalibrate" in self.scoring.recovery:
+                recalibrate(model, self.recalibration)
         if candidate.recovery == "short":
             with seeded(self.seed):
                 finetune(

@@ -18,7 +18,7 @@ from autoprune.core import InputError, Measurement, Progress, Silent, Task
 from autoprune.costs import counted
 from autoprune.criteria import Criterion
 from autoprune.prune import RatioTable
-from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
 
 FINAL = FineTune(epochs=3)
 
@@ -46,20 +46,23 @@ def finetune_table(
     *,
     criterion: str | Mapping[str, Any] = "l1",
     final: FineTune = FINAL,
+    recovery: Sequence[str] = HEALING,
     recalibration: int = 4,
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = Silent(),
 ) -> FineTuned:
-    """Reuse a ratio table in training: prune the task's model by it, reconstruct and
-    recalibrate it, fine-tune, and read the test split.
+    """Reuse a ratio table in training: prune the task's model by it, heal and fine-tune it, and read the test split.
+
+    recovery: as of evaluate.Scoring, on the first `recalibration` training batches.
 
     Raises:
-        InputError: the task is wrong, or its model has another architecture than the table's.
+        InputError: a setting or the task is wrong, or its model has another architecture than the table's.
     """
     began = time.perf_counter()
     check_seed(seed)
     check_place(device, "device")
+    check_healing("finetune", recovery)
     chosen = components.chosen("criterion", criterion)
     rank: Criterion = components.bind(chosen, "criterion", task.model, (), batches=(), loss=None, seed=0)
     check_task(task)
@@ -67,9 +70,8 @@ def finetune_table(
     with seeded(seed):
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    model = table.prune(task.model, task.inputs, reconstruct=batches).to(device)
+    model = healed(task, table, batches, recovery).to(device)
     teacher = copy.deepcopy(task.model).to(device)
-    recalibrate(model, to_device(batches, device))
     train(model, task, final, teacher=teacher, seed=seed, progress=progress)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = test(task, [teacher, model])
@@ -84,6 +86,20 @@ def finetune_table(
         measured=counted(model, inputs),
         seconds=time.perf_counter() - began,
     )
+
+
+def healed(task: Task, table: RatioTable, batches: Sequence[Any], recovery: Sequence[str] = HEALING) -> nn.Module:
+    """The task's model pruned by a table and recovered without training, on these training batches and the model's own
+    device.
+
+    Raises:
+        InputError: the model has another architecture than the table's.
+    """
+    model = table.prune(task.model, task.inputs, reconstruct=batches if "reconstruct" in recovery else ())
+    if "bn_recalibrate" in recovery:
+        place = next((p.device for p in model.parameters()), torch.device("cpu"))
+        recalibrate(model, to_device(batches, place))
+    return model
 
 
 def train(model: nn.Module, task: Task, plan: FineTune, *, teacher: nn.Module, seed: int, progress: Progress) -> None:

@@ -141,16 +141,16 @@ class RatioTable:
         On the weights the table was made from, the very units it lists are kept; on other weights of the same
         architecture the units are ranked again by `criterion` (batches and loss are for those that need gradients).
 
-        reconstruct: a few training batches (inputs, target); on what they show, layers that read
-        pruned units are refitted by least squares (reconstruct.py). It loses much less before any training, and less
-        after it. Batch normalisation statistics are left to the training.
+        reconstruct: a few training batches (inputs, target); on what they show, layers that read pruned units are
+        refitted by least squares (reconstruct.py). It loses much less before any training, and less after it. Batch
+        normalisation statistics are left to the training.
 
         Raises:
             InputError: another architecture; the message names the first group that does not match.
         """
-        table = self.fitted(model, inputs, criterion=criterion, batches=batches, loss=loss)
-        kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
         traced, shown = self._match(model, inputs), list(reconstruct)
+        table = self._ranked(traced, model, criterion, batches, loss)
+        kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
         smaller = traced.cut(model, kept)
         if shown:
             Reconstruction(model, traced, shown).apply(smaller, kept)
@@ -170,7 +170,16 @@ class RatioTable:
         Raises:
             InputError: another architecture; the message names the first group that does not match.
         """
-        traced = self._match(model, inputs)
+        return self._ranked(self._match(model, inputs), model, criterion, batches, loss)
+
+    def _ranked(
+        self,
+        traced: TracedModel,
+        model: nn.Module,
+        criterion: criteria.Criterion,
+        batches: Iterable[Any],
+        loss: Callable[[Any, Any], Tensor] | None,
+    ) -> RatioTable:
         if weights_hash(model) == self.weights:
             return self
         scores = criterion(model, traced.slices, batches=batches, loss=loss or _no_loss, seed=0)

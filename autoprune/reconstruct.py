@@ -105,8 +105,10 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
 
     def hook(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
         inputs = given[0] if given else named["input"]
-        if inputs.numel() == 0 or inputs.dim() < 2 or inputs.dim() != _dims(module, inputs):
-            return  # one example without a batch
+        dims = module.get_parameter("weight").dim()
+        batched = inputs.dim() == dims or (isinstance(module, nn.Linear) and inputs.dim() > dims)
+        if not batched or inputs.numel() == 0:
+            return
         seen = windows(module, inputs)
         places = torch.randperm(seen.shape[1] * seen.shape[2], generator=generator)[:POSITIONS].to(seen.device)
         samples = seen[:, places // seen.shape[2], places % seen.shape[2]].flatten(2).flatten(0, 1)
@@ -118,11 +120,6 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
         yield
     finally:
         handle.remove()
-
-
-def _dims(layer: nn.Module, inputs: Tensor) -> int:
-    """Dimensions of a batch that this layer reads; a linear layer takes any."""
-    return len(layer.kernel_size) + 2 if isinstance(layer, nn.Conv1d | nn.Conv2d) else inputs.dim()
 
 
 def _refits(model: nn.Module, weight: str) -> bool:
@@ -137,7 +134,7 @@ def _refits(model: nn.Module, weight: str) -> bool:
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         stock = type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
         return stock and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
-    return isinstance(layer, nn.Linear)
+    return True
 
 
 def _empty(weight: Tensor) -> Tensor:

@@ -14,6 +14,16 @@ from torch.nn import functional as F
 from autoprune.borrowing import arguments, to_device
 from autoprune.core import InputError, check_rules
 
+HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
+
+
+def check_healing(place: str, recovery: Sequence[str]) -> None:
+    """Raises InputError unless this is a list of steps of HEALING, each at most once."""
+    steps = [] if isinstance(recovery, str) else list(recovery)
+    rule = f"recovery must be a list of {', '.join(HEALING)}, each at most once"
+    kept = not isinstance(recovery, str) and all(steps.count(step) == 1 and step in HEALING for step in steps)
+    check_rules(place, {rule: kept}, {"recovery": recovery})
+
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     """Re-estimate the batch normalisation statistics of `model`, in place, as averages over these batches.

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
-from autoprune.evaluate import CHUNKS, HEALING, Evaluator, Scoring, _interval, _stratified, _subset
+from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
 from autoprune.meters.counts import Macs
-from autoprune.recover import FineTune
+from autoprune.recover import HEALING, FineTune
 from autoprune.space import trace
 
 
@@ -73,7 +73,14 @@ def test_the_dense_candidate_is_not_changed_by_reconstruction() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["reconstruct", ("reconstructed",), ("bn_recalibrate", "bn_recalibrate"), ("reconstruct", "short")]
+    "wrong",
+    [
+        "reconstruct",
+        ("reconstructed",),
+        ("bn_recalibrate", "bn_recalibrate"),
+        ("reconstruct", "short"),
+        [["reconstruct"]],
+    ],
 )
 def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
     with pytest.raises(InputError, match="recovery must be a list of reconstruct, bn_recalibrate, each at most once"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from tiny import make_task
 
 import autoprune
 from autoprune import report
+from autoprune.borrowing import first
 from autoprune.core import InputError, Silent, Task
 from autoprune.evaluate import Scoring
-from autoprune.final import finetune_table
+from autoprune.final import finetune_table, healed
 from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.run import _best
+from autoprune.traced import tensors_of
 
 QUICK = FineTune(epochs=0.2, teach=0.0)
 SCORING = Scoring(images=300, recalibration=2, short=QUICK)
@@ -221,6 +223,24 @@ def test_a_table_is_reused_in_training() -> None:
     tuned = finetune_table(make_task(), result.table, final=QUICK)
     assert tuned.measured["macs"].value == result.measured["macs"].value
     assert tuned.test_recovered == pytest.approx(result.scores.test_recovered, abs=0.05)
+
+
+def test_a_reused_table_is_healed_as_asked_and_by_nothing_else() -> None:
+    result, task = searched(), make_task()
+    batches = first(task.train, 2)
+    cut = dict(tensors_of(result.table.prune(task.model, task.inputs)))
+
+    def changed(recovery: Sequence[str]) -> set[str]:
+        now = dict(tensors_of(healed(task, result.table, batches, recovery)))
+        return {name.rpartition(".")[2] for name, tensor in cut.items() if not torch.equal(tensor, now[name])}
+
+    statistics = {"running_mean", "running_var", "num_batches_tracked"}
+    assert changed([]) == set()
+    assert changed(["reconstruct"]) == {"weight"}
+    assert changed(["bn_recalibrate"]) == statistics
+    assert changed(["reconstruct", "bn_recalibrate"]) == {"weight"} | statistics
+    with pytest.raises(InputError, match="finetune: recovery must be a list of reconstruct, bn_recalibrate"):
+        finetune_table(task, result.table, recovery=["magic"])
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:

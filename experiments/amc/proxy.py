@@ -19,7 +19,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import autoprune
-from autoprune.borrowing import first, seeded, to_device
+from autoprune.borrowing import first, seeded
 from autoprune.core import Task
 from autoprune.criteria import l1
 from autoprune.evaluate import score
@@ -48,7 +48,7 @@ def made(task: Task, file: Path, count: int) -> None:
     space = trace(task.model, task.inputs)
     importance = l1(task.model, space.slices)
     with seeded(0):
-        chunks, batches = to_device(first(task.search, 8), "cpu"), first(task.train, BATCHES)
+        chunks, batches = first(task.search, 8), first(task.train, BATCHES)
     rebuild = Reconstruction(task.model, space, batches)
     env, rng = autoprune.environment(task, budget="flops_50pct"), np.random.default_rng(0)
     for number in range(count):

@@ -19,7 +19,7 @@ from torch import nn
 import autoprune
 from autoprune.borrowing import first, seeded
 from autoprune.core import Task
-from autoprune.recover import recalibrate
+from autoprune.final import healed
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -50,9 +50,7 @@ def row(task: Task, seed: int, strategy: str, dense: float) -> dict[str, Any]:
     assert result.met
     with seeded(seed):
         batches = first(task.train, BATCHES)
-    plain = result.table.prune(task.model, task.inputs, reconstruct=batches)
-    recalibrate(plain, batches)
-    before, after = correct(plain, task), correct(result.model, task)
+    before, after = (correct(model, task) for model in (healed(task, result.table, batches), result.model))
     np.savez_compressed(HERE / f"{task.name}_{seed}_{strategy}.npz", before=before, after=after)
     share = result.measured["macs"].value / result.dense["macs"].value
     values = [task.name, seed, strategy, round(share, 4), dense, float(before.mean()), float(after.mean())]
