@@ -1,8 +1,8 @@
 """Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
     strategies [SEEDS [STRATEGIES]] uniform,sensitivity,netadapt (or some of them, uniform first) at the same measured
-                        latency, 3 seeds: test accuracy, recalibrated and fine-tuned
-    finalists [BUDGET [SEED]]       what the sensitivity strategy chooses among: loss recalibrated only, after its short
+                        latency, 3 seeds: test accuracy, recalibrated, reconstructed and fine-tuned
+    finalists [BUDGET [SEED]]       what the sensitivity strategy chooses among: loss before training, after its short
                         fine-tune, and after one epoch
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
     half                latency_50pct on the default, a MobileNetV2-style network, and (given its data) CIFAR-10
@@ -28,13 +28,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 import autoprune
-from autoprune.borrowing import seeded
+from autoprune.borrowing import first, seeded
 from autoprune.core import Task
 from autoprune.criteria import l1
+from autoprune.final import healed
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
 from autoprune.prune import choose_units
-from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.reconstruct import Reconstruction
+from autoprune.recover import HEALING, FineTune, finetune, recalibrate
 from autoprune.space import trace
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
@@ -44,37 +46,39 @@ from records import append
 HERE = Path(__file__).parent
 TABLES = Path(tempfile.gettempdir()) / "autoprune_tables"
 CACHE = Path(tempfile.gettempdir()) / "autoprune_cache"
-BUDGETS = {"uniform": "latency_58pct", "sensitivity": "latency_47pct", "netadapt": "latency_47pct"}  # of `strategies`:
-# one ratio has few values that lie on the kernels' steps, and under 58 % of dense comes to 45 %, where all are compared
-EPOCHS = 3  # of its final fine-tunes
+BASE = "uniform"  # whose answer's measured latency is the budget of the others: one ratio has few values
+BASE_BUDGET = "latency_58pct"
+STEPS = {"recalibrated": ("bn_recalibrate",), "reconstructed": HEALING}  # before any training
+EPOCHS = 3  # of final fine-tunes
 BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
 
 
 def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt") -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     dense = correct(task.model, task)
-    print(
-        "| seed | strategy | of dense | recalibrated | against uniform | fine-tuned | against uniform | against dense |"
-    )
+    stages = (*STEPS, "fine-tuned")
+    print(f"| seed | strategy | of dense | {' | '.join(f'{s} | against {BASE}' for s in stages)} | against dense |")
     for seed in range(int(count)):
         base = None
         for strategy in names.split(","):
             file = HERE / f"strategies_{seed}_{strategy}.npz"
             if not file.exists():
-                np.savez_compressed(file, **_searched(task, strategy, seed))
+                budget = BASE_BUDGET if base is None else f"latency_{100 * float(base['high']):.1f}pct"
+                np.savez_compressed(file, **_searched(task, strategy, budget, seed))
             found = np.load(file)
-            before, after, base = found["before"], found["after"], base or found
-            cells = [str(seed), strategy, f"{found['low']:.3f} to {found['high']:.3f}", f"{100 * before.mean():.2f}"]
-            cells += [apart(before, base["before"]), f"{100 * after.mean():.2f}", apart(after, base["after"])]
-            print("| " + " | ".join([*cells, apart(after, dense)]) + " |", flush=True)
+            base = found if base is None else base
+            cells = [str(seed), strategy, f"{found['low']:.3f} to {found['high']:.3f}"]
+            for stage in stages:
+                cells += [f"{100 * found[stage].mean():.2f}", apart(found[stage], base[stage])]
+            print("| " + " | ".join([*cells, apart(found["fine-tuned"], dense)]) + " |", flush=True)
 
 
-def _searched(task: Task, strategy: str, seed: int) -> dict[str, Any]:
-    """Which test images the answer gets right, recalibrated only and fine-tuned, and what it takes."""
+def _searched(task: Task, strategy: str, budget: str, seed: int) -> dict[str, Any]:
+    """Which test images the answer gets right, before its training and after it, and what it takes."""
     began = time.time()
     result = autoprune.search(
         task,
-        budget=BUDGETS[strategy],
+        budget=budget,
         strategy=strategy,
         seed=seed,
         final=FineTune(epochs=EPOCHS),
@@ -82,18 +86,18 @@ def _searched(task: Task, strategy: str, seed: int) -> dict[str, Any]:
         cache=CACHE,
     )
     seconds = round(time.time() - began)
-    plain = result.table.prune(task.model, task.inputs)
     with seeded(seed):
-        recalibrate(plain, [batch for batch, _ in zip(task.train, range(20), strict=False)])
+        batches = first(task.train, 8)
+    found = {stage: correct(healed(task, result.table, batches, steps), task) for stage, steps in STEPS.items()}
+    found["fine-tuned"] = correct(result.model, task)
     ms = result.measured["latency_ms"]
-    values: dict[str, Any] = {"budget": BUDGETS[strategy], "seed": seed, "strategy": strategy, "met": result.met}
+    values: dict[str, Any] = {"budget": budget, "seed": seed, "strategy": strategy, "met": result.met}
     values |= {"ms": round(ms.value, 2), "low": round(ms.low, 2), "high": round(ms.high, 2)}
     values |= {"dense_ms": round(result.dense["latency_ms"].value, 2), "rounds": len(result.rounds)}
     values |= {"answers": sum(t.candidate.measure for t in result.trials), "seconds": seconds}
-    before, after = correct(plain, task), correct(result.model, task)
-    append(HERE / "strategies.csv", values | {"recalibrated": before.mean(), "fine_tuned": after.mean()})
+    append(HERE / "strategies.csv", values | {stage: round(float(right.mean()), 4) for stage, right in found.items()})
     dense = result.dense["latency_ms"].value
-    return {"before": before, "after": after, "low": ms.low / dense, "high": ms.high / dense}
+    return {**found, "low": ms.low / dense, "high": ms.high / dense}
 
 
 def apart(ours: NDArray[np.bool_], theirs: NDArray[np.bool_]) -> str:
@@ -109,13 +113,16 @@ def finalists(budget: str = "latency_47pct", seed: str = "0") -> None:
     importance = l1(task.model, traced.slices)
     trials = result.trials[: next(t.number for t in result.trials if t.candidate.measure)]
     for trial in (t for t in trials if "finalist" in t.candidate.about):
-        model = traced.cut(task.model, choose_units(result.space, importance, trial.candidate.ratios))
+        kept = choose_units(result.space, importance, trial.candidate.ratios)
+        model = traced.cut(task.model, kept)
         with seeded(number):
-            recalibrate(model, [batch for batch, _ in zip(task.train, range(4), strict=False)])
+            batches = first(task.train, 4)
+            Reconstruction(task.model, traced, batches).apply(model, kept)
+            recalibrate(model, batches)
             before = search_loss(model, task)
             finetune(model, task.train, FineTune(epochs=1), loss=task.loss, lr=task.lr, teacher=task.model)
         values: dict[str, Any] = {"budget": budget, "seed": number, "finalist": trial.candidate.about["finalist"]}
-        values |= {"recalibrated": before, "short": round(trial.loss, 4), "one_epoch": search_loss(model, task)}
+        values |= {"before": before, "short": round(trial.loss, 4), "one_epoch": search_loss(model, task)}
         append(HERE / "finalists.csv", values)
 
 
