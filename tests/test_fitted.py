@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autoprune.core import Candidate, Group, Measurement, PruningSpace, Trial, Width, width_of
-from autoprune.meters.fitted import FittedCost, Sample, better, features, fit, stair_levels, step_of
+from autoprune.meters.fitted import FittedCost, Sample, Shape, better, features, fit, stair_levels, step_of
 from autoprune.meters.profile import _drawn
 
 SIZES = (16, 32, 64, 48)
@@ -28,7 +28,10 @@ SIDES: dict[str, tuple[Width, Width]] = {
     "norm": ((0.0, {2: 1.0}), (1.0, {})),
     "wide": ((0.0, {0: 1.0, 3: 1.0}), (0.0, {1: 1.0, 2: 1.0})),
 }
-KINDS = {name: "conv" if name in ("chain", "alike") else name for name in SIDES}
+SHAPES = {
+    name: Shape("norm" if name == "norm" else "conv", "conv" if name in ("chain", "alike") else name, sides, 1.0)
+    for name, sides in SIDES.items()
+}
 
 
 def truth(name: str, kept: tuple[int, ...] | list[int]) -> float:
@@ -47,7 +50,7 @@ def cost() -> FittedCost:
     rng = np.random.default_rng(0)
     networks = [list(SIZES), *_drawn(SPACE, 60, 0)]
     samples = [sample(kept, float(np.exp(rng.normal(0, 0.02)))) for kept in networks]
-    return fit(samples, SIDES, KINDS, SPACE, name="latency_ms", unit="ms", by="layers")
+    return fit(samples, SHAPES, SPACE, name="latency_ms", unit="ms", by="layers")
 
 
 def test_unseen_networks_are_predicted(cost: FittedCost) -> None:
@@ -61,11 +64,36 @@ def test_networks_alone_are_enough() -> None:
     rng = np.random.default_rng(0)
     networks = [list(SIZES), *_drawn(SPACE, 60, 0)]
     samples = [dataclasses.replace(sample(k, float(np.exp(rng.normal(0, 0.02)))), layers={}) for k in networks]
-    assert better(samples, SIDES, KINDS, SPACE) == "network"
-    found = fit(samples, SIDES, KINDS, SPACE, name="latency_ms", unit="ms", by="network")
+    assert better(samples, SHAPES, SPACE) == "network"
+    found = fit(samples, SHAPES, SPACE, name="latency_ms", unit="ms", by="network")
     errors = [abs(found.at_widths(kept) / sample(kept).total - 1) for kept in _drawn(SPACE, 100, 7)]
     assert np.median(errors) <= 0.05
     assert np.quantile(errors, 0.9) <= 0.1
+
+
+def test_layers_of_one_operator_tell_of_each_other() -> None:
+    """Eight shapes of one operator, 20 networks: what they share predicts others far better than each shape alone."""
+    space = PruningSpace(tuple(Group(name=f"g{i}", size=32, levels=(0.0, 0.5, 0.75)) for i in range(9)))
+
+    def shapes(operators: list[str]) -> dict[str, Shape]:
+        """Layer i makes group i + 1 from group i, on images half as large as the layer before it."""
+        sides = [((0.0, {i + 1: 1.0}), (0.0, {i: 1.0})) for i in range(8)]
+        return {f"l{i}": Shape(operator, f"{i}", sides[i], 2.0**-i) for i, operator in enumerate(operators)}
+
+    def network(kept: list[int]) -> Sample:
+        padded = [16 * math.ceil(width / 16) for width in kept]
+        ragged = [width * (width % 4 != 0) for width in kept]
+        layers = (padded[i + 1] * padded[i] + kept[i + 1] * ragged[i] for i in range(8))
+        return Sample(tuple(kept), sum(2.0**-i * ms for i, ms in enumerate(layers)), {})
+
+    def errors(operators: list[str]) -> float:
+        samples = [network(kept) for kept in [[32] * 9, *_drawn(space, 20, 0)]]
+        found = fit(samples, shapes(operators), space, name="latency_ms", unit="ms", by="network")
+        return float(np.median([abs(found.at_widths(k) / network(k).total - 1) for k in _drawn(space, 100, 7)]))
+
+    together, alone = errors(["conv"] * 8), errors([f"conv {i}" for i in range(8)])
+    assert together <= 0.02
+    assert together < alone / 2
 
 
 def test_layers_are_believed_where_they_tell_more() -> None:
@@ -73,7 +101,7 @@ def test_layers_are_believed_where_they_tell_more() -> None:
     rng = np.random.default_rng(0)
     exact = [sample(kept) for kept in [list(SIZES), *_drawn(SPACE, 30, 0)]]
     noisy = [dataclasses.replace(s, total=s.total * float(np.exp(rng.normal(0, 0.2)))) for s in exact]
-    assert better(noisy, SIDES, KINDS, SPACE) == "layers"
+    assert better(noisy, SHAPES, SPACE) == "layers"
 
 
 def test_layers_of_one_kind_share_what_was_learnt(cost: FittedCost) -> None:
@@ -159,4 +187,5 @@ def test_features_step_where_blocks_end() -> None:
     assert (seventeen["ragged 4"], seventeen["ragged 16 x width"], seventeen["narrow"]) == (1, 17, 0)
     assert not any(value for name, value in features(16, 32).items() if "ragged" in name)
     assert features(12, 32)["narrow x width"] == 12
+    assert [features(width, 32)["wide ragged 4 x width"] for width in (9, 18, 20)] == [0, 18, 0]
     assert features(3, 3) == {"1": 1, "width": 3}

@@ -54,7 +54,7 @@ def built(traced: TracedModel, model: nn.Module = MODEL, **change: Any) -> CostT
 def test_a_table_from_real_measurements(table: CostTable, traced: TracedModel) -> None:
     assert len(table.samples) == 17
     assert table.samples[0].kept == tuple(g.size for g in traced.space.groups), "the dense network comes first"
-    assert set(table.kinds) == set(table.samples[0].layers)
+    assert set(table.shapes) == set(table.samples[0].layers)
     assert len(table.errors(traced.space)) == 5
     cost = table.cost(traced.space)
     assert cost.predict(traced.space.dense()) == pytest.approx(table.dense.value)
@@ -74,7 +74,7 @@ def test_a_model_left_in_training_mode_is_not_touched() -> None:
 
 def test_every_layer_with_weights_is_timed(table: CostTable) -> None:
     with_weights = {n for n, m in MODEL.named_modules() if not list(m.children()) and list(m.parameters())}
-    assert set(table.kinds) == with_weights
+    assert set(table.shapes) == with_weights
     assert all(sum(s.layers.values()) < 2 * s.total for s in table.samples)
 
 

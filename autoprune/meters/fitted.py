@@ -6,8 +6,11 @@ Kernels work on blocks of channels, so a cost is a stair with slopes between: a 
 combination of products phi_i(out) x phi_j(in), where phi holds 1, the width, the width rounded up to 8, 16 and 32, and
 whether (and how much) it is no multiple of 4, 8 or 16 or is below 16, as such widths may take slower kernels. Layers of
 one kind and shape share their coefficients (non-negative least squares on relative errors; Lawson & Hanson 1974). What
-the network takes beyond its layers (activations, additions) is a constant and a slope for each group. Fitted to whole
-networks, a layer has few of these products (FEW).
+the network takes beyond its layers (activations, additions) is a constant and a slope for each group.
+
+Whole networks are fewer than coefficients. Fitted to them, a layer has few of these products (FEW), and all layers of
+one operator share what a product costs per unit of their work; what a layer costs beyond that is held small by a ridge
+(OWN; experiments/latency).
 
 Letters: G groups, L levels of one group, F features, S samples.
 """
@@ -39,12 +42,30 @@ FEW = (
     *((f"ragged {b} x width", "width") for b in RAGGED),
     *(("width", f"ragged {b} x width") for b in RAGGED),
     *(("ragged 4 x width", "1"), ("1", "ragged 4 x width"), ("width", "narrow x width"), ("1", "narrow x width")),
+    *(("wide ragged 4 x width", "width"), ("width", "wide ragged 4 x width")),
+    *(("wide ragged 4 x width", "1"), ("1", "wide ragged 4 x width")),
 )
+OWN = 1.0  # the ridge, relative to what a sample weighs
 STEADY = 0.75  # of the widths worth keeping: that many on multiples of a block make it the step
 NOTICEABLE = 0.03  # of a group's range: a narrower width that gains less is no step
 
 
 Alike = tuple[str, tuple[float, float]]  # what a layer is, its dense output and input width
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the cost of a layer depends on besides the device.
+
+    operator: the type of the module. kind: the module as a whole and the shape that it is given; layers of one kind
+    share their coefficients. sides: its output and input width by the units kept. work: MACs for each unit of the
+    output and of the input, places of the output x weights of the kernel.
+    """
+
+    operator: str
+    kind: str
+    sides: tuple[Width, Width]
+    work: float
 
 
 @dataclass(frozen=True)
@@ -83,6 +104,7 @@ def features(width: float, dense: float) -> dict[str, float]:
     if dense >= NARROW:
         narrow = float(width < NARROW)
         found |= {"narrow": narrow, "narrow x width": narrow * width}
+        found["wide ragged 4 x width"] = (1 - narrow) * float(width % 4 != 0) * width
     return found
 
 
@@ -176,38 +198,25 @@ def _parts(layer: LayerCost) -> list[tuple[tuple[int, ...], float]]:
 
 
 def fit(
-    samples: Sequence[Sample],
-    sides: Mapping[str, tuple[Width, Width]],
-    kinds: Mapping[str, str],
-    space: PruningSpace,
-    *,
-    name: str,
-    unit: str,
-    by: By,
+    samples: Sequence[Sample], shapes: Mapping[str, Shape], space: PruningSpace, *, name: str, unit: str, by: By
 ) -> FittedCost:
-    """Fit layers and base to samples [S], of which the first is the dense network.
+    """Fit layers, by name, and base to samples [S], of which the first is the dense network.
 
-    sides: layer -> its output and input width; kinds: layer -> what it is; layers of one kind share coefficients.
     by: whether to what each layer took, or to what each network took.
     """
     dense = [g.size for g in space.groups]
     alike: dict[Alike, list[str]] = defaultdict(list)
-    for layer, kind in kinds.items():
-        out, into = (width_of(side, dense) for side in sides[layer])
-        alike[kind, (out, into)].append(layer)
+    for layer, shape in shapes.items():
+        out, into = (width_of(side, dense) for side in shape.sides)
+        alike[shape.kind, (out, into)].append(layer)
     plain = FittedCost(name, unit, space, (), (0.0,) * (len(dense) + 1), tuple(dense))
     ways = {"layers": _fit_to_layers, "network": _fit_to_networks}
-    return ways[by](plain, samples, sides, alike)
+    return ways[by](plain, samples, shapes, alike)
 
 
-def better(
-    samples: Sequence[Sample],
-    sides: Mapping[str, tuple[Width, Width]],
-    kinds: Mapping[str, str],
-    space: PruningSpace,
-) -> By:
+def better(samples: Sequence[Sample], shapes: Mapping[str, Shape], space: PruningSpace) -> By:
     """The way of fitting with the smaller median error on networks left out, in four folds."""
-    if not all(set(kinds) <= set(sample.layers) for sample in samples):
+    if not all(set(shapes) <= set(sample.layers) for sample in samples):
         return "network"
     errors = {}
     for by in get_args(By):
@@ -215,25 +224,21 @@ def better(
         for fold in range(FOLDS):
             left_out = [s for i, s in enumerate(samples) if i and i % FOLDS == fold]
             rest = [s for i, s in enumerate(samples) if not i or i % FOLDS != fold]
-            fitted = fit(rest, sides, kinds, space, name="", unit="", by=by)
+            fitted = fit(rest, shapes, space, name="", unit="", by=by)
             found += [abs(fitted.at_widths(s.kept) / s.total - 1) for s in left_out]
         errors[by] = float(np.median(found))
     return min(errors, key=lambda by: errors[by])
 
 
 def _fit_to_layers(
-    plain: FittedCost,
-    samples: Sequence[Sample],
-    sides: Mapping[str, tuple[Width, Width]],
-    alike: Mapping[Alike, Sequence[str]],
+    plain: FittedCost, samples: Sequence[Sample], shapes: Mapping[str, Shape], alike: Mapping[Alike, Sequence[str]]
 ) -> FittedCost:
     layers = []
     for (_, full), names in alike.items():
         rows = [(sample, layer) for sample in samples for layer in names if layer in sample.layers]
-        design = np.array([_products(sides[layer], full, sample.kept) for sample, layer in rows])
+        design = np.array([_products(shapes[layer], full, sample.kept) for sample, layer in rows])
         coefficients = _relative_nnls(design, np.array([sample.layers[layer] for sample, layer in rows]))
-        shape = tuple(len(phi(w, w)) for w in full)
-        layers += [LayerCost(n, sides[n], full, coefficients.reshape(shape)) for n in names]
+        layers += [_layer(n, shapes[n], full, coefficients) for n in names]
     known = replace(plain, layers=tuple(layers))
     totals = np.array([sample.total for sample in samples])
     beyond = totals - np.array([known.at_widths(sample.kept) for sample in samples])
@@ -242,45 +247,68 @@ def _fit_to_layers(
 
 
 def _fit_to_networks(
-    plain: FittedCost,
-    samples: Sequence[Sample],
-    sides: Mapping[str, tuple[Width, Width]],
-    alike: Mapping[Alike, Sequence[str]],
+    plain: FittedCost, samples: Sequence[Sample], shapes: Mapping[str, Shape], alike: Mapping[Alike, Sequence[str]]
 ) -> FittedCost:
-    few = {kind: _few_products(kind[1]) for kind in alike}
-    design = []
-    for sample in samples:
-        row = [np.array([1.0, *sample.kept])]
-        for kind, names in alike.items():
-            row.append(np.sum([_products(sides[layer], kind[1], sample.kept)[few[kind]] for layer in names], axis=0))
-        design.append(np.concatenate(row))
-    found = _relative_nnls(np.array(design), np.array([sample.total for sample in samples]))
-    layers, at = [], len(plain.base)
+    """Columns: the base, what all layers of one operator share, what those of one kind have of their own."""
+    shared: dict[tuple[str, bool], Floats] = {}
+    own, few = [], {kind: _few_products(kind[1]) for kind in alike}
     for kind, names in alike.items():
-        coefficients = np.zeros([len(phi(w, w)) for w in kind[1]])
-        coefficients.ravel()[few[kind]] = found[at : at + len(few[kind])]
-        at += len(few[kind])
-        layers += [LayerCost(n, sides[n], kind[1], coefficients) for n in names]
-    return replace(plain, layers=tuple(layers), base=tuple(found[: len(plain.base)].tolist()))
+        column = np.zeros([len(samples), len(FEW)])
+        places = list(few[kind])
+        for layer in names:
+            for row, sample in zip(column, samples, strict=True):
+                row[places] += _products(shapes[layer], kind[1], sample.kept)[list(few[kind].values())]
+        own.append(column)
+        family = _family(shapes[names[0]], kind)
+        shared[family] = shared.get(family, 0.0) + shapes[names[0]].work * column
+    base = np.array([(1.0, *sample.kept) for sample in samples])
+    design = np.hstack([base, *shared.values(), *own])
+    ridge = np.repeat([0.0, OWN], [design.shape[1] - len(own) * len(FEW), len(own) * len(FEW)])
+    found = _relative_nnls(design, np.array([sample.total for sample in samples]), ridge=ridge)
+    bases, *parts = np.split(found, range(base.shape[1], len(found), len(FEW)))
+    together, alone = dict(zip(shared, parts, strict=False)), parts[len(shared) :]
+    layers = []
+    for (kind, names), part in zip(alike.items(), alone, strict=True):
+        coefficients = np.zeros(math.prod(len(phi(w, w)) for w in kind[1]))
+        each = part + shapes[names[0]].work * together[_family(shapes[names[0]], kind)]
+        coefficients[list(few[kind].values())] = each[list(few[kind])]
+        layers += [_layer(n, shapes[n], kind[1], coefficients) for n in names]
+    return replace(plain, layers=tuple(layers), base=tuple(bases.tolist()))
 
 
-def _few_products(full: tuple[float, float]) -> list[int]:
-    """Where, among all products of a layer, FEW are."""
+def _family(shape: Shape, kind: Alike) -> tuple[str, bool]:
+    """Layers whose costs per unit of work are alike: those of one operator, but for those where each output reads one
+    input (depthwise convolutions, normalisation)."""
+    return shape.operator, kind[1][1] == 1
+
+
+def _layer(name: str, shape: Shape, full: tuple[float, float], coefficients: Floats) -> LayerCost:
+    return LayerCost(name, shape.sides, full, coefficients.reshape([len(phi(w, w)) for w in full]))
+
+
+def _few_products(full: tuple[float, float]) -> dict[int, int]:
+    """Places in FEW that a layer has -> where they are among all its products."""
     out, into = (list(features(width, width)) for width in full)
-    return [out.index(a) * len(into) + into.index(b) for a, b in FEW if a in out and b in into]
+    return {
+        place: out.index(a) * len(into) + into.index(b) for place, (a, b) in enumerate(FEW) if a in out and b in into
+    }
 
 
-def _products(sides: tuple[Width, Width], full: Sequence[float], kept: Sequence[int]) -> Floats:
-    out, into = (phi(width_of(side, kept), dense) for side, dense in zip(sides, full, strict=True))
+def _products(shape: Shape, full: Sequence[float], kept: Sequence[int]) -> Floats:
+    out, into = (phi(width_of(side, kept), dense) for side, dense in zip(shape.sides, full, strict=True))
     return np.outer(out, into).ravel()
 
 
-def _relative_nnls(design: Floats, target: Floats, size: Floats | None = None) -> Floats:
-    """Non-negative least squares of the errors relative to `size` (the target itself by default)."""
+def _relative_nnls(design: Floats, target: Floats, size: Floats | None = None, ridge: Floats | None = None) -> Floats:
+    """Non-negative least squares of the errors relative to `size` (the target itself by default). ridge: what each
+    column's coefficient weighs where the column's largest value is as large as a typical target."""
     weights = 1.0 / np.maximum(size if size is not None else target, 1e-9)
     scale = np.abs(design).max(axis=0)
     scale[scale == 0] = 1.0
-    found, _ = nnls(design / scale * weights[:, None], target * weights)
+    rows, aims = design / scale * weights[:, None], target * weights
+    if ridge is not None:
+        rows, aims = np.vstack([rows, np.diag(ridge * weights.mean())]), np.append(aims, np.zeros(len(ridge)))
+    found, _ = nnls(rows, aims, maxiter=30 * rows.shape[1])
     return np.asarray(found / scale)
 
 

@@ -14,7 +14,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autoprune.borrowing import arguments, evaluating, seeded
-from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width
+from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width, width_of
 from autoprune.meters.device import Device, MeasuringError, WarmWorker, WorkerLostError, settings, warm
-from autoprune.meters.fitted import By, FittedCost, Sample, better, fit
+from autoprune.meters.fitted import By, FittedCost, Sample, Shape, better, fit
 from autoprune.meters.latency import Latency
 from autoprune.meters.wire import packed
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from autoprune.core import Floats
 
-SCHEMA = 2
+SCHEMA = 3
 PASSES = 10
 LOG = logging.getLogger("autoprune")
 Cut = Callable[[Sequence[int]], "nn.Module"]
@@ -58,15 +58,14 @@ class Profile:
 class CostTable:
     """What was measured on a device, and for what: enough to fit the same cost model again, anywhere.
 
-    dense: the dense network's verdict. samples: fitted ones first, the last `held_out` only tell the error. sides and
-    kinds: what each layer's cost depends on. by: what the cost is fitted to. facts: the device and the versions.
+    dense: the dense network's verdict. samples: fitted ones first, the last `held_out` only tell the error. shapes: of
+    the layers, by name. by: what the cost is fitted to. facts: the device and the versions.
     """
 
     dense: Measurement
     samples: tuple[Sample, ...]
     held_out: int
-    sides: Mapping[str, tuple[Width, Width]]
-    kinds: Mapping[str, str]
+    shapes: Mapping[str, Shape]
     by: By
     facts: Mapping[str, Any]
 
@@ -90,18 +89,20 @@ class CostTable:
 
     def _fitted(self, space: PruningSpace) -> FittedCost:
         fitted = self.samples[: len(self.samples) - self.held_out]
-        return fit(fitted, self.sides, self.kinds, space, name="latency_ms", unit="ms", by=self.by)
+        return fit(fitted, self.shapes, space, name="latency_ms", unit="ms", by=self.by)
 
     def to_json(self) -> dict[str, Any]:
-        sides = {n: [[fixed, list(map(list, of.items()))] for fixed, of in pair] for n, pair in self.sides.items()}
+        shapes = {
+            name: {**vars(shape), "sides": [[fixed, list(map(list, of.items()))] for fixed, of in shape.sides]}
+            for name, shape in self.shapes.items()
+        }
         return {
             "schema": SCHEMA,
             "facts": dict(self.facts),
             "dense": asdict(self.dense),
             "held_out": self.held_out,
-            "kinds": dict(self.kinds),
             "by": self.by,
-            "sides": sides,
+            "shapes": shapes,
             "samples": [asdict(s) for s in self.samples],
         }
 
@@ -118,8 +119,10 @@ class CostTable:
             dense=Measurement(**{**values["dense"], "notes": tuple(values["dense"]["notes"])}),
             samples=tuple(Sample(tuple(s["kept"]), s["total"], s["layers"]) for s in values["samples"]),
             held_out=int(values["held_out"]),
-            sides={n: (width(a), width(b)) for n, (a, b) in values["sides"].items()},
-            kinds=dict(values["kinds"]),
+            shapes={
+                name: Shape(**{**shape, "sides": (width(shape["sides"][0]), width(shape["sides"][1]))})
+                for name, shape in values["shapes"].items()
+            },
             by=values["by"],
             facts=dict(values["facts"]),
         )
@@ -205,8 +208,7 @@ def build(
     runtime, sizes = meter.device.runtime, [g.size for g in space.groups]
     kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
     samples: list[Sample | None] = []
-    sides = _sides(weights)
-    kinds = _kinds(model, inputs, sides)
+    shapes = _shapes(model, inputs, weights, sizes)
     with warm(meter.device) as worker:
         reference = packed(cut([max(1, n // 3) for n in sizes]), inputs, runtime)
         spells: list[float] = []
@@ -220,21 +222,19 @@ def build(
             own, other = (np.array(row["wall_ms"]) for row in answer["rows"])
             spell, layers = float(np.median(other)), answer["layers"]
             spells.append(spell)
-            each = {name: ms / spell for name, ms in layers.items() if name in kinds}
+            each = {name: ms / spell for name, ms in layers.items() if name in shapes}
             samples.append(Sample(tuple(widths), float(np.median(own / other)), each))
             on_step()
     fitted, tested = ([s for s in part if s] for part in (samples[: plan.networks], samples[plan.networks :]))
     if samples[0] is None or len(fitted) < plan.networks / 2 or not tested:
         raise MeasuringError("too few networks could be measured for a cost table; the log says why")
     typical = float(np.median(spells))
-    sides = {name: sides[name] for name in kinds}
     return CostTable(
         dense=dense,
         samples=tuple(_scaled(sample, typical) for sample in (*fitted, *tested)),
         held_out=len(tested),
-        sides=sides,
-        kinds=kinds,
-        by=better([s for s in fitted if s], sides, kinds, space),
+        shapes=shapes,
+        by=better(fitted, shapes, space),
         facts=facts,
     )
 
@@ -262,21 +262,32 @@ def _measured(worker: WarmWorker, blobs: Sequence[dict[str, Any]], device: Devic
     return worker.ask({"do": "time", "models": list(blobs), "plan": plan, "layers_of": blobs[0], "layer_passes": 4})
 
 
-def _kinds(model: nn.Module, inputs: Sequence[Tensor], wanted: Iterable[str]) -> dict[str, str]:
-    """Layer -> what it is and the shape it is given, for those that run."""
+def _shapes(
+    model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]
+) -> dict[str, Shape]:
+    """Of the layers that have weights and run."""
     import torch
+    from torch.utils._pytree import tree_leaves
 
-    found: dict[str, str] = {}
+    found: dict[str, Shape] = {}
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
 
-    def seen(name: str) -> Callable[..., None]:
+    def seen(name: str, weight: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            shape = list(args[0].shape) if args and hasattr(args[0], "shape") else []
-            found.setdefault(name, f"{module} on {shape}")
+            given = list(args[0].shape) if args and hasattr(args[0], "shape") else []
+            made = max((x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor)), default=0)
+            places = made / width_of(weights[weight][0], sizes)
+            shape = Shape(
+                operator=type(module).__name__,
+                kind=f"{module} on {given}",
+                sides=weights[weight],
+                work=places * math.prod(parameters[weight].shape[2:]),
+            )
+            found.setdefault(name, shape)
 
         return hook
 
-    modules = dict(model.named_modules())
-    hooks = [modules[name].register_forward_hook(seen(name)) for name in wanted if name in modules]
+    hooks = [modules[n].register_forward_hook(seen(n, w)) for n, w in _largest(weights, sizes).items() if n in modules]
     try:
         with torch.inference_mode(), evaluating(model), seeded(0):
             model(*arguments(inputs))
@@ -291,18 +302,18 @@ def _scaled(sample: Sample, by: float) -> Sample:
     return dataclasses.replace(sample, total=sample.total * by, layers=layers)
 
 
-def _sides(weights: Mapping[str, tuple[Width, Width]]) -> dict[str, tuple[Width, Width]]:
-    """Layer -> the widths of its largest parameter. A layer whose parameters are all another's (tied weights) has none:
-    what it takes goes to the base."""
+def _largest(weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]) -> dict[str, str]:
+    """Layer -> its largest parameter, whose widths its cost depends on. A layer whose parameters are all another's
+    (tied weights) has none: what it takes goes to the base."""
 
-    def full(pair: tuple[Width, Width]) -> float:
-        return math.prod(fixed + sum(of.values()) for fixed, of in pair)
+    def full(weight: str) -> float:
+        return math.prod(width_of(side, sizes) for side in weights[weight])
 
-    found: dict[str, tuple[Width, Width]] = {}
-    for name, pair in weights.items():
-        layer = name.rpartition(".")[0]
-        if layer not in found or full(pair) > full(found[layer]):
-            found[layer] = pair
+    found: dict[str, str] = {}
+    for weight in weights:
+        layer = weight.rpartition(".")[0]
+        if layer not in found or full(weight) > full(found[layer]):
+            found[layer] = weight
     return found
 
 
