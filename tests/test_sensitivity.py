@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from autoprune.allocate import evenly
 from autoprune.core import Budget, Candidate, InputError, Trial
 from autoprune.loop import search
 from autoprune.strategies.sensitivity import Sensitivity, _monotone
@@ -114,6 +115,20 @@ def test_the_answer_is_the_finalist_that_recovers_best() -> None:
     squares = [sum(r**2 for r in kinds[k].candidate.ratios) for k in ("sweep", "evenness 0.25", "evenness 4.0")]
     assert squares == sorted(squares, reverse=True)
     assert squares[0] > squares[-1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_ratio_for_all_is_widened_until_no_group_can_be(seed: int) -> None:
+    world = World(seed)
+    trials = finalists(world.play(Sensitivity(world.space, world.budgets, world.costs, evenness=())))
+    widened = next(t.candidate.ratios for t in trials if "one ratio" in str(t.candidate.about["finalist"]))
+    cost, limit, groups = world.costs["macs"], world.budgets[0].limit, world.space.groups
+    even = world.space.ratios(evenly(world.space, lambda n: cost.predict(world.space.ratios(n)) <= limit))
+    assert all(ratio <= common for ratio, common in zip(widened, even, strict=True))
+    assert cost.predict(widened) <= limit
+    for g, ratio in enumerate(widened):
+        wider = [level for level in groups[g].levels if level < ratio]
+        assert not wider or cost.predict((*widened[:g], wider[-1], *widened[g + 1 :])) > limit
 
 
 def test_after_a_missed_limit_only_what_led_is_solved_again() -> None:

@@ -12,7 +12,7 @@ Deviations from the course's rule:
   all other groups staying pruned, and keeps what scores better.
 - What is lost before training is not what training leaves lost: groups cut deeply recover least. So several finalists
   get their recovery, and the one of least loss is the answer: the allocations on the sweep, on its refinement and on
-  the sweep plus a charge on squared ratios (`evenness`), and one ratio for all groups.
+  the sweep plus a charge on squared ratios (`evenness`), and one ratio for all groups, widened where that leaves room.
 
 Letters: G groups, L levels of one group.
 """
@@ -219,7 +219,17 @@ class Sensitivity(Scripted):
             f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
             for weight in self.evenness
         }
-        return kinds | {"one ratio": partial(evenly, self.space, self._keeps, losses)}
+        return kinds | {"one ratio": partial(self._even, losses)}
+
+    def _even(self, losses: list[Losses]) -> Levels:
+        """One ratio for all groups, and what it leaves of the budgets spent on wider groups."""
+        levels = evenly(self.space, self._keeps, losses)
+        rows = charged(self.space, losses, EVENNESS[0])
+        for row, level in zip(rows, levels, strict=True):
+            row[level + 1 :] = math.inf
+        with suppress(InfeasibleError):  # by a form that is linear elsewhere
+            return self._allocated(rows)
+        return levels
 
     def _best_of(self, kinds: Kinds) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery] | None]:
         """The finalist that scores best after its recovery, or after the next lesser one where all fail; what leads to
