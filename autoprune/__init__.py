@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoprune.core import Budget, InputError, PruningSpace, Task
+    from autoprune.measuring import latency, profile
     from autoprune.prune import RatioTable
     from autoprune.pruning_env import LayerPruningEnv
     from autoprune.recover import FineTune
     from autoprune.result import Result
-    from autoprune.run import environment, latency, profile, search
+    from autoprune.run import environment, search
 
 _HOMES = {
     "Budget": "core",
@@ -23,8 +24,8 @@ _HOMES = {
     "Result": "result",
     "Task": "core",
     "environment": "run",
-    "latency": "run",
-    "profile": "run",
+    "latency": "measuring",
+    "profile": "measuring",
     "search": "run",
 }
 __all__ = [

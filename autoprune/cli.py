@@ -1,4 +1,4 @@
-"""The command line: Hydra in, Result out. The only file that sees a configuration.
+"""The command line: a configuration in, Result out. No file below sees a configuration.
 
 Exit status: 0 every budget met; 3 a budget could not be met (the closest result is written); 2 wrong input; 1 our own
 failure; 130 interrupted (what was scored is kept, the line to go on is printed).
@@ -14,29 +14,17 @@ import shlex
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoprune.components import CONF, bind, make_task, names
+from autoprune.components import make_task
+from autoprune.configuration import command_help, config_of, configured, made, save
 from autoprune.core import Budget, DeviceLostError, InputError
 
 if TYPE_CHECKING:
     from autoprune.report import Screen
 
-GROUPS = ("task", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
-FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
-KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
-    str: ((str, type(None)), "text"),
-    list: ((list,), "a list"),
-}
-FOLDER_COMMANDS = {
-    "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
-    "report": "Write report.html of a finished run again.",
-}
 MET, FAILED, WRONG_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
 
 HELP = """autoprune finds how much to prune from each layer of a trained PyTorch network under a hard budget.
@@ -67,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise InputError(f"unknown command '{command}': it must be one of {', '.join(COMMANDS)}{hint}")
         if any(word in ("-h", "--help") for word in rest):
-            sys.stdout.write(_command_help(command))
+            sys.stdout.write(command_help(command))
             return 0
         return COMMANDS[command](rest)
     except InputError as error:
@@ -102,7 +90,7 @@ def _same_line(arguments: Sequence[str]) -> str:
 
 
 def _search(words: Sequence[str]) -> int:
-    config = _compose("search", words)
+    config = configured("search", words)
     from autoprune import report, run
 
     budgets = _budgets(config["budget"])
@@ -133,11 +121,11 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     from autoprune.recover import FineTune
 
     scoring = {k: v for k, v in config["evaluator"].items() if k != "cache"}
-    scoring["short"] = _made(FineTune, scoring["short"], "evaluator.short")
+    scoring["short"] = made(FineTune, scoring["short"], "evaluator.short")
     return {
-        "space": _made(run.Space, config["space"], "space"),
-        "scoring": _made(Scoring, scoring, "evaluator"),
-        "final": _made(FineTune, config["finetune"], "finetune"),
+        "space": made(run.Space, config["space"], "space"),
+        "scoring": made(Scoring, scoring, "evaluator"),
+        "final": made(FineTune, config["finetune"], "finetune"),
         "profile": _profile_plan(config["profile"]),
         "criterion": config["criterion"],
         "device": config["device"],
@@ -148,7 +136,7 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compare(words: Sequence[str]) -> int:
-    config = _compose("compare", words)
+    config = configured("compare", words)
     from autoprune import compare, report
 
     given = config["budget"] if isinstance(config["budget"], list) else [config["budget"]]
@@ -179,13 +167,13 @@ def _compare(words: Sequence[str]) -> int:
 
 
 def _profile(words: Sequence[str]) -> int:
-    config = _compose("profile", words)
-    from autoprune import report, run
+    config = configured("profile", words)
+    from autoprune import measuring, report
 
     plan = _profile_plan(config)
     task = make_task(config["task"])
     with _watched() as screen:
-        table, traced = run.profile(
+        table, traced = measuring.profile(
             task,
             device=config["device"],
             plan=plan,
@@ -201,17 +189,17 @@ def _profile(words: Sequence[str]) -> int:
 def _profile_plan(values: Mapping[str, Any]) -> Any:
     from autoprune.meters.profile import Profile
 
-    return _made(Profile, {k: values[k] for k in ("networks", "held_out")}, "profile")
+    return made(Profile, {k: values[k] for k in ("networks", "held_out")}, "profile")
 
 
 def _finetune(words: Sequence[str]) -> int:
-    config = _compose("finetune", words)
+    config = configured("finetune", words)
     from autoprune import final, report
     from autoprune.prune import RatioTable
     from autoprune.recover import FineTune
 
     table = RatioTable.load(config["ratios"])
-    plan = _made(FineTune, config["finetune"], "finetune")
+    plan = made(FineTune, config["finetune"], "finetune")
     task = make_task(config["task"])
     folder = _run_folder(config, task.name, "finetune")
     with _watched() as screen:
@@ -232,32 +220,17 @@ def _finetune(words: Sequence[str]) -> int:
 
 
 def _measure(words: Sequence[str]) -> int:
-    from autoprune import report, run
+    from autoprune import measuring, report
 
     if len(words) != 1:
         raise InputError(
             "measure takes one argument, the folder of a finished run: python -m autoprune measure RUN_DIR"
         )
     folder = Path(words[0])
-    config = _config_of(folder)
+    config = config_of(folder)
     task = make_task(config["task"])
-    then, now = run.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
+    then, now = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
     return MET if report.show_again(folder, then, now) else NOT_MET
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    """The configuration that a search left in its folder."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
-        _ = values["task"]["_target_"], values["device"]["_target_"], values["seed"]
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
-        raise InputError(
-            f"{folder} is not the folder of a search: config.yaml {type(error).__name__} {error}"
-        ) from error
-    return values  # type: ignore[no-any-return]
 
 
 def _report(words: Sequence[str]) -> int:
@@ -279,101 +252,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
-
-
-def _compose(command: str, words: Sequence[str]) -> dict[str, Any]:
-    """The command's configuration with the user's overrides, as plain values."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        own_task, rest = _own_task(words, OverridesParser.create())
-        if command == "compare":
-            rest = ["++" + word if word.startswith(FREE) else word for word in rest]
-        with initialize_config_dir(str(CONF.resolve()), version_base=None):
-            config = compose(command, overrides=rest)
-            plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
-        if own_task:
-            config.task = own_task
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE to the command line")
-        values: Any = OmegaConf.to_container(config, resolve=True)
-        defaults: Any = OmegaConf.to_container(plain)
-        free = {"budget", "task"} if own_task else {"budget"}
-        _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
-    except (HydraException, OmegaConfBaseException) as error:
-        raise InputError(_explained(command, words, error)) from error
-    return values  # type: ignore[no-any-return]
-
-
-def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises InputError where a number or a switch by default was given as something else."""
-    for key, default in defaults.items():
-        given, kind = values.get(key), KINDS.get(type(default))
-        if isinstance(default, dict):
-            if not isinstance(given, dict):
-                raise InputError(f"{prefix}{key} must be a mapping of keys, got {given!r}")
-            _check_kinds(given, default, f"{prefix}{key}.")
-        elif kind and (not isinstance(given, kind[0]) or (isinstance(given, bool) and bool not in kind[0])):
-            raise InputError(f"{prefix}{key} must be {kind[1]}, got {given!r}")
-
-
-def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:
-    """A task function of the user's discards the default task's arguments and admits its own without a `+`."""
-    if not any(word.startswith(("task._target_=", "+task._target_=")) for word in words):
-        return {}, list(words)
-    mine = [word for word in words if word.lstrip("+").startswith("task.")]
-    parsed = [parser.parse_override(word) for word in mine]
-    return {p.key_or_group.removeprefix("task."): p.value() for p in parsed}, [w for w in words if w not in mine]
-
-
-def _explained(command: str, words: Sequence[str], error: Exception) -> str:
-    """A configuration error in one line, with the nearest key where one was misspelt."""
-    from omegaconf import OmegaConf
-
-    known = set(_keys(OmegaConf.load(CONF / f"{command}.yaml")))
-    for group in GROUPS:
-        if (CONF / group).is_dir():
-            known.add(group)
-            for name in names(group):
-                known |= {f"{group}.{key}" for key in _keys(OmegaConf.load(CONF / group / f"{name}.yaml"))}
-    for word in words:
-        key = word.partition("=")[0].lstrip("+~")
-        if "=" not in word:
-            return f"'{word}' is not key=value; python -m autoprune {command} --help shows every key"
-        if key not in known and ("Could not override" in str(error) or "struct" in str(error)):
-            near = difflib.get_close_matches(key, sorted(known), 1, 0.5)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; see python -m autoprune {command} --help"
-            return f"unknown key '{key}' in '{word}'{hint}"
-    return f"cannot read {' '.join(words)}: {' '.join(str(error).split())}"
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
-    from omegaconf import DictConfig
-
-    for key in node:
-        if key == "defaults":
-            continue
-        yield f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig):
-            yield from _keys(child, f"{prefix}{key}.")
-
-
-def _made(kind: Callable[..., Any], values: dict[str, Any], place: str) -> Any:
-    """A value type from its keys; an unknown key or a wrong type is the user's error."""
-    target = f"{kind.__module__}.{kind.__qualname__}"
-    try:
-        return bind({"_target_": target, **values}, place)()
-    except TypeError as error:
-        raise InputError(f"{place}: {error}; see --help for the kind of each value") from error
-
-
 def _budgets(value: Any) -> list[str]:
     texts = [str(v) for v in value] if isinstance(value, list) else [str(value)]
     for text in texts:
@@ -389,8 +267,6 @@ def _short_name(values: Mapping[str, Any]) -> str:
 
 def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None = None) -> Path:
     """A folder for this run, with the configuration and a log in it: a new one, or the one of this name."""
-    from omegaconf import OmegaConf
-
     base = Path(config["output"]) / task / what
     stamp, folder, count = time.strftime("%Y-%m-%d_%H-%M-%S"), Path(), 1
     try:
@@ -406,7 +282,7 @@ def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None =
         if name is not None:
             folder = base / name
             folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        save(config, folder / "config.yaml")
         handler = logging.FileHandler(folder / "log.txt")
     except OSError as error:
         raise InputError(f"output={config['output']}: cannot write to {folder}: {error.strerror}") from error
@@ -422,15 +298,3 @@ def _watched() -> Screen:
     from autoprune.report import Screen
 
     return Screen(logging.getLogger("autoprune"))
-
-
-def _command_help(command: str) -> str:
-    if command in FOLDER_COMMANDS:
-        return f"usage: python -m autoprune {command} RUN_DIR\n\n{FOLDER_COMMANDS[command]}\n"
-    lines = [f"usage: python -m autoprune {command} [key=value ...]\n", (CONF / f"{command}.yaml").read_text()]
-    for group in GROUPS:
-        if f"- {group}: " in lines[1]:
-            for name in names(group):
-                lines.append(f"# {group}={name}\n{(CONF / group / f'{name}.yaml').read_text()}")
-    lines.append("# a task of your own: task._target_=my_module.make_task task.argument=value (see the README)\n")
-    return "\n".join(lines)

@@ -1,10 +1,7 @@
 """Candidates become trials here: prune, recover, score, cost. A failed candidate is a trial with its error.
 
-Every candidate sees the same images in the same order. The search split's subset is drawn once, stratified by class,
-and dealt into chunks; intervals (95 %) are Student's t over the chunks, and the loss change from the dense model is
-paired chunk by chunk, which narrows it about fifteen-fold in variance.
-
-Letters: N images, K chunks.
+Every candidate sees the same images in the same order (scores.py); its loss change from the dense model is paired chunk
+by chunk, which narrows it about fifteen-fold in variance.
 """
 
 from __future__ import annotations
@@ -13,9 +10,6 @@ import copy
 import functools
 import hashlib
 import json
-import logging
-import math
-import os
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,19 +20,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from scipy.stats import t as student
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from autoprune.borrowing import arguments, first, seeded, to_device
+from autoprune.borrowing import first, seeded, to_device
 from autoprune.core import (
     Budget,
     Candidate,
     CostModel,
     DeviceLostError,
     Glancing,
-    InputError,
     Measurement,
     Meter,
     Task,
@@ -51,10 +42,9 @@ from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
+from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
-
-CHUNKS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +66,6 @@ class Scoring:
         rules = {"images >= 2": self.images >= 2, "recalibration >= 0": self.recalibration >= 0}
         check_rules("evaluator", rules, vars(self))
         check_healing("evaluator", self.recovery)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """What the chunks gave: the metric and loss of each [K], and the metric over all images."""
-
-    score: float
-    scores: tuple[float, ...]
-    losses: tuple[float, ...]
-    sizes: tuple[int, ...]
-    seconds_in_forward: float = 0.0
-
-    @property
-    def loss(self) -> float:
-        return float(np.average(self.losses, weights=self.sizes))
 
 
 class Evaluator:
@@ -115,7 +90,7 @@ class Evaluator:
         device = scoring.device
         self.dense_model = copy.deepcopy(task.model).to(device).eval()
         with seeded(seed):
-            self.chunks = to_device(_subset(task.search, scoring.images, seed), device)
+            self.chunks = to_device(subset(task.search, scoring.images, seed), device)
             self.recalibration = to_device(first(task.train, scoring.recalibration), device)
         self._dense: Scored | None = None
         self._known: dict[int, Candidate] = {}
@@ -258,7 +233,7 @@ class Evaluator:
     def _evaluate(self, number: int, candidate: Candidate) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
         path = self._cache_path(candidate)
-        model, scored = None, _read_cached(path)
+        model, scored = None, read_cached(path)
         cached = scored is not None
         if scored is None:
             self.evaluations += 1
@@ -267,7 +242,7 @@ class Evaluator:
             healing = time.perf_counter() - began
             scored = self.scored(model)
             scored = replace(scored, seconds_in_forward=scored.seconds_in_forward + healing)
-            _write_cached(path, scored)
+            write_cached(path, scored)
         else:
             self.hits += 1
         expected = {name: m.predict(ratios) for name, m in self.costs.items()}
@@ -275,9 +250,9 @@ class Evaluator:
             costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
         else:
             costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
-        low, high = _interval(scored.scores)
+        low, high = interval(scored.scores)
         change = np.subtract(scored.losses, self.dense().losses)
-        change_low, change_high = _interval(change)
+        change_low, change_high = interval(change)
         return Trial(
             number=number,
             candidate=candidate,
@@ -325,77 +300,6 @@ class Evaluator:
         return self._digests[candidate]
 
 
-def score(model: nn.Module, chunks: Sequence[Any], task: Task) -> Scored:
-    """Score a network on chunks of (inputs, target). Raises FloatingPointError if a loss is not finite."""
-    metric = copy.deepcopy(task.metric)
-    metric.reset()
-    device = next(model.parameters()).device
-    metric.to(device)
-    sign = -1.0 if metric.higher_is_better is False else 1.0
-    scores, losses, sizes, forward = [], [], [], 0.0
-    model.eval()
-    with torch.inference_mode():
-        for inputs, target in chunks:
-            given, target = arguments(inputs, device), to_device(target, device)
-            began = time.perf_counter()
-            output = model(*given)
-            forward += time.perf_counter() - began
-            losses.append(float(task.loss(output, target)))
-            scores.append(sign * float(metric(output, target)))
-            sizes.append(len(given[0]))
-    if not all(math.isfinite(value) for value in losses):
-        raise FloatingPointError("the loss on the search split is not finite")
-    total = float(metric.compute())
-    if not math.isfinite(total):
-        raise FloatingPointError("the metric on the search split is not finite")
-    return Scored(sign * total, tuple(scores), tuple(losses), tuple(sizes), forward)
-
-
-def _interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
-    """Half widths (low < 0 < high) of the 95 % interval of the mean over chunks."""
-    k = len(values)
-    half = float(student.ppf(0.975, k - 1) * np.std(values, ddof=1) / math.sqrt(k)) if k > 1 else math.inf
-    return -half, half
-
-
-def _subset(batches: Iterable[Any], images: int, seed: int) -> list[Any]:
-    """A fixed subset of a split in K chunks, stratified where the target is one class an image."""
-    gathered = list(batches)
-    if not gathered:
-        raise InputError("task.search is empty: hold some images out of the training split for the search")
-    whole = [arguments(x) for x, _ in gathered]
-    targets = [y for _, y in gathered]
-    per_image = all(isinstance(y, list) and len(y) == len(x[0]) for x, y in zip(whole, targets, strict=True))
-    try:
-        inputs = tuple(torch.cat(parts) for parts in zip(*whole, strict=True))
-        if per_image:  # one entry an image, as detectors have
-            target: Any = [entry for y in targets for entry in y]
-        else:
-            target = tree_map(lambda *parts: torch.cat(parts), *targets)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"task.search: its batches cannot be joined ({str(error).splitlines()[0]})") from error
-    total = len(inputs[0])
-    chosen = torch.from_numpy(_stratified(target, total, min(images, total), seed))
-    parts = chosen.tensor_split(min(CHUNKS, len(chosen)))
-    if per_image:
-        return [(tuple(x[p] for x in inputs), [target[i] for i in p.tolist()]) for p in parts]
-    return [(tuple(x[p] for x in inputs), tree_map(lambda y, p=p: y[p], target)) for p in parts]
-
-
-def _stratified(target: Any, total: int, count: int, seed: int) -> NDArray[np.int64]:
-    """`count` image numbers; each class in proportion, and every chunk of consecutive ones alike."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(total)
-    if isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point():
-        classes = target.cpu().numpy()[order]
-        rank_in_class = np.zeros(total)
-        for c in np.unique(classes):
-            members = np.flatnonzero(classes == c)
-            rank_in_class[members] = (np.arange(len(members)) + rng.random()) / len(members)
-        order = order[np.argsort(rank_in_class, kind="stable")]
-    return np.asarray(order[:count], dtype=np.int64)
-
-
 def _hash_tensors(values: Any) -> str:
     digest = hashlib.sha256()
     for leaf in tree_leaves(values):
@@ -403,32 +307,6 @@ def _hash_tensors(values: Any) -> str:
             leaf.detach().cpu().contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode()
         )
     return digest.hexdigest()[:16]
-
-
-def _read_cached(path: Path | None) -> Scored | None:
-    if path is None:
-        return None
-    try:
-        values = json.loads(path.read_text())
-        return Scored(
-            score=float(values["score"]),
-            scores=tuple(values["scores"]),
-            losses=tuple(values["losses"]),
-            sizes=tuple(values["sizes"]),
-        )
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # absent or damaged: scored again and rewritten
-
-
-def _write_cached(path: Path | None, scored: Scored) -> None:
-    if path is None:
-        return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(asdict(scored)))
-        temporary.replace(path)
-    except OSError as error:  # a score is worth more than its copy
-        logging.getLogger("autoprune").warning("the cache in %s cannot be written: %s", path.parent, error)
 
 
 def _count(batches: Any) -> int | None:

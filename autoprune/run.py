@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
-
-from autoprune import components, costs, loop
-from autoprune import final as last_steps
+from autoprune import components, costs
+from autoprune.answer import left_alone, searched
 from autoprune.borrowing import check_writable, first, seeded
 from autoprune.checks import check_place, check_seed, check_settings, check_task
 from autoprune.core import (
     Budget,
     Candidate,
-    InputError,
-    Measurement,
     Progress,
     Recovery,
     Silent,
     Strategy,
     Task,
-    Trial,
-    all_met,
 )
 from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
-from autoprune.lineage import Networks, folder_beside
+from autoprune.final import FINAL
+from autoprune.measuring import built, device_of
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants
-from autoprune.meters.latency import Latency, Reference
-from autoprune.meters.profile import CostTable, Profile
-from autoprune.prune import RatioTable
+from autoprune.meters.profile import Profile
 from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
@@ -72,7 +63,7 @@ def search(
     seed: int = 0,
     space: Space = Space(),
     scoring: Scoring = Scoring(),
-    final: FineTune = last_steps.FINAL,
+    final: FineTune = FINAL,
     profile: Profile = Profile(),
     tables: str | Path | None = None,
     storage: str | None = None,
@@ -119,27 +110,23 @@ def search(
         check=lambda traced: check_settings(build, traced.space, seed=seed),
     )
     evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
-    found = _left_alone(evaluator, prices, asked, progress) if prices.already_met else None
-    if found is None:
+    answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
+    if answer is None:
         planner: Strategy = build(prices.traced.space, prices.steered, prices.limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        found = _found(planner, evaluator, prices, study, final, progress)
+        answer = searched(planner, evaluator, prices, study, final, progress)
     return concluded(
         evaluator,
         prices,
-        found.answer,
-        found.model,
-        evaluator.importance,
+        answer,
         asked=asked,
         chosen=chosen,
         device=prepared.device,
         progress=progress,
-        known=found.known,
         storage=storage,
         began=began,
-        **found.record,
     )
 
 
@@ -228,7 +215,7 @@ def _prepared(
     costs.check_budgets(budgets)
     check_seed(seed)
     check_place(scoring.device, "evaluator.device")
-    target, constants = device_of(device), _built(Constants, "energy", energy)
+    target, constants = device_of(device), built(Constants, "energy", energy)
     rank: Criterion = components.bind(criterion, "criterion", task.model, (), batches=(), loss=None, seed=0)
     if cache is not None:
         check_writable(Path(cache), "evaluator.cache")
@@ -266,184 +253,6 @@ def _prepared(
         cache=None if cache is None else Path(cache),
     )
     return _Prepared(evaluator, prices, asked, target)
-
-
-def profile(
-    task: Task,
-    *,
-    device: str | Mapping[str, Any] | Device = "torch_cpu",
-    plan: Profile = Profile(),
-    tables: str | Path | None = None,
-    max_ratio: float = 0.9,
-    seed: int = 0,
-    progress: Progress = Silent(),
-) -> tuple[CostTable, TracedModel]:
-    """Measure a device's cost table for a task's model anew, and keep it in the folder `tables`.
-
-    Raises:
-        InputError: the device is not there or the model cannot be traced.
-        MeasuringError: too few networks could be measured.
-    """
-    check_seed(seed)
-    progress.stage("tracing", None)
-    traced = trace(task.model, task.inputs, max_ratio=max_ratio)
-    meter = Latency(device_of(device), seed=seed)
-    folder = None if tables is None else Path(tables)
-    table = costs.table_for(task, traced, meter, plan=plan, folder=folder, seed=seed, progress=progress, refresh=True)
-    return table, traced
-
-
-def latency(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...],
-    *,
-    device: str | Mapping[str, Any] | Device = "torch_cpu",
-    seed: int = 0,
-) -> Measurement:
-    """Milliseconds of model(*inputs) on a device, as a search's verdict measures them (see meters.latency.Latency)."""
-    return Latency(device_of(device), seed=seed).measure(model, inputs)
-
-
-def measured_again(
-    task: Task, folder: Path, *, device: str | Mapping[str, Any] | Device = "torch_cpu", seed: int = 1
-) -> tuple[Measurement, Measurement]:
-    """The latency of a finished run's written network as the run measured it, and as it is now in new processes, as
-    many as the device allows.
-
-    Raises:
-        InputError: the folder holds no run that measured a latency, or not of this task.
-    """
-    table = RatioTable.load(folder / "ratios.yaml")
-    model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
-    try:
-        values = json.loads((folder / "result.json").read_text())
-        cost = values["costs"]["latency_ms"]
-        relative = any(b["asked"].endswith("pct") for b in values["budgets"] if b["cost"] == "latency_ms")
-        then = Measurement(**{**cost["measured"], "notes": tuple(cost["measured"]["notes"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
-    dense = Measurement.exact(cost["dense"], "ms", "measured")
-    chosen = device_of(device)
-    chosen = replace(chosen, processes=chosen.most_processes)
-    meter = Latency(chosen, seed=seed).beside(Reference(task.model, dense, relative))
-    return then, meter.measure(model, task.inputs)
-
-
-def device_of(value: str | Mapping[str, Any] | Device) -> Device:
-    """The device of a name in conf/device/, or of a mapping with `_target_`."""
-    return _built(Device, "device", value)
-
-
-def _built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) -> Kind:
-    """The value of a name in a folder of conf/, or of a mapping with `_target_`.
-
-    Raises:
-        InputError: there is no such name, or what it makes is of another kind.
-    """
-    if isinstance(value, kind):
-        return value
-    made = components.bind(components.chosen(group, value), group)()  # type: ignore[arg-type]
-    if not isinstance(made, kind):
-        raise InputError(f"{group}: {value} gives a {type(made).__name__}, it must be an autoprune {kind.__name__}")
-    return made
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """The answer and its network, whose costs are `known` where they were measured just now; what Result keeps of how
-    it was found."""
-
-    answer: Trial
-    model: nn.Module
-    record: Mapping[str, Any]
-    known: Mapping[str, Measurement] = field(default_factory=dict)
-
-
-def _left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progress: Progress) -> _Found | None:
-    """The dense network where it keeps every budget, measured once more; None where it does not now."""
-    known = evaluator.measured(evaluator.dense_model)
-    if not all(limit.met(known[limit.cost]) for limit in prices.limits):
-        return None
-    for text, limit in zip(asked, prices.limits, strict=True):
-        progress.say(_already(text, limit, known[limit.cost]))
-    answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
-    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
-    record["seconds_searching"] = 0.0
-    return _Found(answer=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
-
-
-def _found(
-    planner: Strategy, evaluator: Evaluator, prices: Costs, study: Study, plan: FineTune, progress: Progress
-) -> _Found:
-    """The best answer of the whole conversation, fine-tuned."""
-    began = time.perf_counter()
-    trials, replayed = _converse(planner, evaluator, study, progress)
-    seconds = time.perf_counter() - began + sum(trial.seconds for trial in trials[:replayed])
-    findings = {f.group: f.what for f in getattr(planner, "findings", ())}
-    traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
-    answer = _best(trials, prices.steered, prices.limits)
-    model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
-    record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
-    record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
-    return _Found(answer=answer, model=model, record=record)
-
-
-def _converse(
-    planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress
-) -> tuple[tuple[Trial, ...], int]:
-    """The loop, with the study as its record and its memory: all trials, and how many of them were remembered."""
-    history = _settled(study.trials())
-    keeps = getattr(planner, "parents", False)
-    evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
-    if history:
-        progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
-    trials = loop.search(
-        planner,
-        evaluator,
-        study.record,
-        history=history,
-        on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
-        on_trial=lambda trial: progress.step(),
-    )
-    return trials, len(history)
-
-
-def _settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
-    """The history without an end that was disturbed or failed, which is measured again; what was so on the way there
-    stays, as everything after it rests on it."""
-    last = next((t for t in reversed(history) if t.candidate.measure), None)
-    if last is None or last.feasible is not None or any(t.candidate.parent == last.number for t in history):
-        return history
-    return history[: last.number]
-
-
-def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
-    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
-    goes_on = answer.candidate.parent is not None
-    model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
-    last_steps.train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
-    return model
-
-
-def _best(trials: Sequence[Trial], steered: Sequence[Budget], budgets: Sequence[Budget]) -> Trial:
-    """The measured trial of highest score within what was aimed at; without any, within the budgets; without any, one
-    whose measurement was disturbed, or the one that exceeds them least."""
-    answers = [t for t in trials if t.candidate.measure and t.error is None]
-    if not answers:
-        failed = next((t.error for t in reversed(trials) if t.error), "no candidate was measured")
-        raise RuntimeError(f"the search ended without an answer: {failed}")
-    for limits, verdict in ((steered, True), (budgets, True), (budgets, None)):
-        if within := [t for t in answers if all_met(limits, t.costs) is verdict]:
-            return max(within, key=lambda t: t.score)
-    return min(answers, key=lambda t: max(t.costs[b.cost].high / b.limit for b in budgets))
-
-
-def _already(asked: str, limit: Budget, dense: Measurement) -> str:
-    word = asked.partition("_")[0]
-    return (
-        f"the dense network keeps {asked} already: {dense.value:.4g} [{dense.low:.4g}, {dense.high:.4g}] of at most "
-        f"{limit.limit:.4g} {limit.unit}; nothing is pruned. To prune all the same: budget={word}_50pct"
-    )
 
 
 def _fingerprint(evaluator: Evaluator, prices: Costs) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from autoprune import components
+from autoprune.answer import Answer
 from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
 from autoprune.criteria import Scores as Importance
@@ -30,27 +31,21 @@ LOG = logging.getLogger("autoprune")
 def concluded(
     evaluator: Evaluator,
     prices: Costs,
-    answer: Trial,
-    model: nn.Module,
-    importance: Sequence[Importance],
+    answer: Answer,
     *,
     asked: Sequence[str],
     chosen: Mapping[str, Mapping[str, Any]],
     device: Device,
     progress: Progress,
-    known: Mapping[str, Measurement],
+    storage: str | None,
     began: float,
-    **record: Any,
 ) -> Result:
-    """Measure and test the final network, and put down all that is known of it. known: its costs where they have been
-    measured just now."""
-    task, ratios, scored = evaluator.task, answer.candidate.ratios, evaluator.scored(model)
-    progress.stage("reading the test split", None)
-    test_dense, test_recovered = test(task, [evaluator.dense_model, model])
-    if prices.device and not known:
+    """Measure and test the final network, and put down all that is known of it. began: by time.perf_counter()."""
+    task, model, ratios = evaluator.task, answer.model, answer.trial.candidate.ratios
+    scores = _scores(evaluator, answer, progress)
+    if prices.device and not answer.known:
         progress.stage(f"measuring the answer on {device.name}", None)
-    measured = known or _measured(evaluator, model, answer)
-    sign = -1.0 if task.metric.higher_is_better is False else 1.0
+    measured = answer.known or _measured(evaluator, model, answer.trial)
     named = {group: components.named(group, values) for group, values in chosen.items()}
     place = evaluator.scoring.device
     provenance = {"task": task.name, "strategy": named["strategy"], "seed": evaluator.seed, "versions": _versions()}
@@ -60,7 +55,7 @@ def concluded(
         seed=evaluator.seed,
         device=prices.device or f"{place}, {torch.get_num_threads()} threads",
         table=RatioTable(
-            groups=_table_groups(prices.traced, importance, ratios),
+            groups=_table_groups(prices.traced, evaluator.importance, ratios),
             architecture=prices.traced.fingerprint,
             weights=weights_hash(task.model),
             criterion=named["criterion"],
@@ -70,14 +65,7 @@ def concluded(
         model=model,
         space=prices.traced.space,
         ratios=ratios,
-        scores=Scores(
-            metric=type(task.metric).__name__,
-            dense=sign * evaluator.dense().score,
-            pruned=sign * answer.score,
-            recovered=sign * scored.score,
-            test_dense=test_dense,
-            test_recovered=test_recovered,
-        ),
+        scores=scores,
         dense=prices.dense,
         predicted={n: c.predict(ratios) for n, c in prices.models.items()},
         measured=measured,
@@ -90,7 +78,25 @@ def concluded(
         layers=_layers(device, evaluator, model) if prices.table else (),
         notes=task.notes,
         seconds=time.perf_counter() - began,
-        **record,
+        storage=storage,
+        **answer.record,
+    )
+
+
+def _scores(evaluator: Evaluator, answer: Answer, progress: Progress) -> Scores:
+    """In the metric's own sign, on the search split and the test split."""
+    task = evaluator.task
+    sign = -1.0 if task.metric.higher_is_better is False else 1.0
+    recovered = sign * evaluator.scored(answer.model).score
+    progress.stage("reading the test split", None)
+    test_dense, test_recovered = test(task, [evaluator.dense_model, answer.model])
+    return Scores(
+        metric=type(task.metric).__name__,
+        dense=sign * evaluator.dense().score,
+        pruned=sign * answer.trial.score,
+        recovered=recovered,
+        test_dense=test_dense,
+        test_recovered=test_recovered,
     )
 
 

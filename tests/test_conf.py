@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
-from autoprune import cli, components
+from autoprune import components
+from autoprune.configuration import GROUPS, configured
 from autoprune.evaluate import Scoring
 from autoprune.final import FINAL
+from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
-from autoprune.run import Space, device_of
+from autoprune.run import Space
 from autoprune.testing import World
 
 FILES = sorted(components.CONF.rglob("*.yaml"))
@@ -27,7 +29,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_all_groups_are_known_to_the_command_line() -> None:
-    assert {p.parent.name for p in FILES if p.parent != components.CONF} == set(cli.GROUPS)
+    assert {p.parent.name for p in FILES if p.parent != components.CONF} == set(GROUPS)
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("task", "strategy", "criterion")], ids=str)
@@ -98,4 +100,4 @@ def test_every_device_yaml_is_named_after_itself(name: str) -> None:
 @pytest.mark.parametrize("command", ["search", "compare", "profile", "finetune"])
 def test_every_command_composes(command: str) -> None:
     words = ["ratios=x.yaml"] if command == "finetune" else []
-    assert cli._compose(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")
+    assert configured(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")

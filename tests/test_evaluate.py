@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
-from autoprune.evaluate import CHUNKS, Evaluator, Scoring, _interval, _stratified, _subset
+from autoprune.evaluate import Evaluator, Scoring
 from autoprune.meters.counts import Macs
 from autoprune.recover import HEALING, FineTune
+from autoprune.scores import CHUNKS, interval, stratified, subset
 from autoprune.space import trace
 
 
@@ -121,7 +122,7 @@ def test_the_paired_interval_is_narrower_than_that_of_the_loss() -> None:
     ours = evaluator()
     (trial,) = ours([(0, Candidate(ratios=one))])
     assert trial.loss_change is not None
-    unpaired = _interval(ours.dense().losses)[1]
+    unpaired = interval(ours.dense().losses)[1]
     assert trial.loss_change.high - trial.loss_change.value < unpaired / 2
 
 
@@ -187,7 +188,7 @@ def test_the_cache_key_holds_what_the_score_depends_on(tmp_path: Path) -> None:
 
 def test_a_subset_has_every_class_in_proportion_in_every_chunk() -> None:
     labels = torch.tensor([0] * 600 + [1] * 300 + [2] * 100)
-    chosen = labels[torch.from_numpy(_stratified(labels, 1000, 400, seed=1))]
+    chosen = labels[torch.from_numpy(stratified(labels, 1000, 400, seed=1))]
     counts = torch.bincount(chosen, minlength=3)
     assert torch.all((counts - torch.tensor([240, 120, 40])).abs() <= 1)
     for chunk in chosen.tensor_split(4):
@@ -196,7 +197,7 @@ def test_a_subset_has_every_class_in_proportion_in_every_chunk() -> None:
 
 def test_a_subset_repeats_and_has_no_image_twice() -> None:
     batches = [(torch.arange(100.0).view(-1, 1) + 100 * i, torch.arange(100) % 5) for i in range(3)]
-    first, second = _subset(batches, 120, 0), _subset(batches, 120, 0)
+    first, second = subset(batches, 120, 0), subset(batches, 120, 0)
     images = torch.cat([x[0] for x, _ in first])
     assert len(first) == CHUNKS
     assert len(images.unique()) == 120
@@ -205,11 +206,11 @@ def test_a_subset_repeats_and_has_no_image_twice() -> None:
 
 def test_targets_may_be_lists_of_one_entry_an_image() -> None:
     batches = [(torch.arange(4.0).view(-1, 1) + 4 * i, [{"box": 4 * i + j} for j in range(4)]) for i in range(3)]
-    for (images,), targets in _subset(batches, 12, 0):
+    for (images,), targets in subset(batches, 12, 0):
         assert [t["box"] for t in targets] == images.ravel().tolist()
 
 
 def test_the_interval_is_students() -> None:
-    low, high = _interval([1.0, 2.0, 3.0, 4.0])
+    low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert high == pytest.approx(3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2)
     assert low == -high

@@ -15,12 +15,12 @@ from test_run import QUICK, searched
 from tiny import make_task
 
 from autoprune import report
+from autoprune.answer import best, settled
 from autoprune.core import Budget, Candidate, CostModel, InputError, Measurement, PruningSpace, Silent, Task, Trial
 from autoprune.costs import Costs
 from autoprune.meters.device import Device, MeasuringError
 from autoprune.meters.profile import CostTable, Profile
 from autoprune.result import Result
-from autoprune.run import _best, _settled
 from autoprune.verdict import _measured
 
 DEVICE = Device(processes=2, most_processes=2, samples=10, seconds=0.3, repeats=1, limit_s=20)
@@ -211,17 +211,17 @@ def test_a_disturbed_answer_comes_after_those_that_are_met() -> None:
     budgets = (Budget("latency_ms", 10.0, "ms"),)
     over, disturbed, met = answer(0, 11.0, 0.9), answer(1, 10.5, 0.8, decided=False), answer(2, 9.0, 0.5)
     assert disturbed.feasible is None
-    assert _best([over, disturbed, met], budgets, budgets) is met
-    assert _best([over, disturbed], budgets, budgets) is disturbed
-    assert _best([over], budgets, budgets) is over
+    assert best([over, disturbed, met], budgets, budgets) is met
+    assert best([over, disturbed], budgets, budgets) is disturbed
+    assert best([over], budgets, budgets) is over
 
 
 def test_an_answer_as_low_as_was_aimed_at_comes_first() -> None:
     """The final network is measured again: one that is barely inside now may read more then."""
     aimed, asked = (Budget("latency_ms", limit, "ms") for limit in (9.5, 10.0))
     barely, well = answer(0, 9.9, 0.9), answer(1, 9.4, 0.8)
-    assert _best([barely, well], [aimed], [asked]) is well
-    assert _best([barely], [aimed], [asked]) is barely
+    assert best([barely, well], [aimed], [asked]) is well
+    assert best([barely], [aimed], [asked]) is barely
 
 
 def test_a_disturbed_answer_that_is_surely_above_the_limit_is_not_met() -> None:
@@ -229,7 +229,7 @@ def test_a_disturbed_answer_that_is_surely_above_the_limit_is_not_met() -> None:
     budgets = (Budget("latency_ms", 10.0, "ms"),)
     far, near = answer(0, 12.0, 0.9, decided=False), answer(1, 10.5, 0.5)
     assert far.feasible is False
-    assert _best([far, near], budgets, budgets) is near
+    assert best([far, near], budgets, budgets) is near
 
 
 def test_only_a_disturbed_end_is_measured_again() -> None:
@@ -239,18 +239,18 @@ def test_only_a_disturbed_end_is_measured_again() -> None:
         answer(2, 10.5, 0.7, decided=False),
     )
     assert on_the_way.feasible is None
-    assert _settled((on_the_way, then, end)) == (on_the_way, then)
-    assert _settled((on_the_way, then)) == (on_the_way, then)
-    assert _settled((on_the_way,)) == ()
+    assert settled((on_the_way, then, end)) == (on_the_way, then)
+    assert settled((on_the_way, then)) == (on_the_way, then)
+    assert settled((on_the_way,)) == ()
 
 
 def test_an_end_that_others_start_from_is_none() -> None:
     """A round went on from a disturbed winner and was interrupted before it measured its own."""
     won = answer(0, 10.5, 0.9, decided=False)
     proposal = Trial(number=1, candidate=Candidate(ratios=(0.5,), parent=0))
-    assert _settled((won, proposal)) == (won, proposal)
+    assert settled((won, proposal)) == (won, proposal)
     beside = dataclasses.replace(proposal, candidate=Candidate(ratios=(0.5,)))
-    assert _settled((won, beside)) == ()
+    assert settled((won, beside)) == ()
 
 
 def test_a_device_that_fails_at_the_end_loses_no_work() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from autoprune import cli
+from autoprune.configuration import configured
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +30,7 @@ def test_there_are_commands_to_run() -> None:
 def test_every_command_is_accepted(command: str) -> None:
     _, name, *words = shlex.split(command)
     assert name in cli.COMMANDS
-    cli._compose(name, words)
+    configured(name, words)
 
 
 def test_python_blocks_are_python() -> None:

@@ -14,12 +14,12 @@ from tiny import make_task
 from torch import nn
 
 from autoprune.core import Candidate, InputError, Measurement, Silent, Trial
+from autoprune.measuring import device_of
 from autoprune.meters import kept
 from autoprune.meters.device import Device
 from autoprune.meters.resident import Resident
 from autoprune.meters.table import AddedCost
 from autoprune.page import _prediction_svg
-from autoprune.run import device_of
 from autoprune.space import trace
 
 INPUT = (torch.zeros(1, 3, 256, 256),)

@@ -14,13 +14,13 @@ from tiny import make_task
 
 import autoprune
 from autoprune import report
+from autoprune.answer import best
 from autoprune.borrowing import first
 from autoprune.core import InputError, Silent, Task
 from autoprune.evaluate import Scoring
 from autoprune.final import finetune_table, healed
 from autoprune.recover import FineTune
 from autoprune.result import Result
-from autoprune.run import _best
 from autoprune.traced import tensors_of
 
 QUICK = FineTune(epochs=0.2, teach=0.0)
@@ -213,9 +213,9 @@ def test_a_metric_where_lower_is_better(tmp_path: Path) -> None:
 
 def test_the_answer_is_the_best_feasible_trial() -> None:
     result = searched()
-    best = _best(result.trials, result.budgets, result.budgets)
-    assert best.feasible
-    assert best.candidate.ratios == result.ratios
+    chosen = best(result.trials, result.budgets, result.budgets)
+    assert chosen.feasible
+    assert chosen.candidate.ratios == result.ratios
 
 
 def test_a_table_is_reused_in_training() -> None:

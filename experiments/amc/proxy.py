@@ -22,10 +22,10 @@ import autoprune
 from autoprune.borrowing import first, seeded
 from autoprune.core import Task
 from autoprune.criteria import l1
-from autoprune.evaluate import score
 from autoprune.prune import choose_units
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.scores import score
 from autoprune.space import trace
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import autoprune
+from autoprune.measuring import device_of
 from autoprune.recover import FineTune
-from autoprune.run import device_of
 from autoprune.tasks import fashion_mnist_resnet20
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

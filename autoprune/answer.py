@@ -1,0 +1,118 @@
+"""The conversation of a search, and the answer that it comes to."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from autoprune import loop
+from autoprune.core import Budget, Candidate, Measurement, Progress, Strategy, Trial, all_met
+from autoprune.costs import Costs
+from autoprune.evaluate import Evaluator
+from autoprune.final import train
+from autoprune.lineage import Networks, folder_beside
+from autoprune.recover import FineTune
+from autoprune.study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The answer's trial and fine-tuned network; record: what Result keeps of how it was found; known: its costs, where
+    they were measured just now."""
+
+    trial: Trial
+    model: nn.Module
+    record: Mapping[str, Any]
+    known: Mapping[str, Measurement] = field(default_factory=dict)
+
+
+def left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progress: Progress) -> Answer | None:
+    """The dense network where it keeps every budget, measured once more; None where it does not now."""
+    known = evaluator.measured(evaluator.dense_model)
+    if not all(limit.met(known[limit.cost]) for limit in prices.limits):
+        return None
+    for text, limit in zip(asked, prices.limits, strict=True):
+        progress.say(_already(text, limit, known[limit.cost]))
+    answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
+    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
+    record["seconds_searching"] = 0.0
+    return Answer(trial=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
+
+
+def searched(
+    planner: Strategy, evaluator: Evaluator, prices: Costs, study: Study, plan: FineTune, progress: Progress
+) -> Answer:
+    """The best answer of the whole conversation, fine-tuned."""
+    began = time.perf_counter()
+    trials, replayed = _converse(planner, evaluator, study, progress)
+    seconds = time.perf_counter() - began + sum(trial.seconds for trial in trials[:replayed])
+    findings = {f.group: f.what for f in getattr(planner, "findings", ())}
+    traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
+    answer = best(trials, prices.steered, prices.limits)
+    model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
+    record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
+    record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
+    return Answer(trial=answer, model=model, record=record)
+
+
+def _converse(
+    planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress
+) -> tuple[tuple[Trial, ...], int]:
+    """The loop, with the study as its record and its memory: all trials, and how many of them were remembered."""
+    history = settled(study.trials())
+    keeps = getattr(planner, "parents", False)
+    evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
+    if history:
+        progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
+    trials = loop.search(
+        planner,
+        evaluator,
+        study.record,
+        history=history,
+        on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
+        on_trial=lambda trial: progress.step(),
+    )
+    return trials, len(history)
+
+
+def settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
+    """The history without an end that was disturbed or failed, which is measured again; what was so on the way there
+    stays, as everything after it rests on it."""
+    last = next((t for t in reversed(history) if t.candidate.measure), None)
+    if last is None or last.feasible is not None or any(t.candidate.parent == last.number for t in history):
+        return history
+    return history[: last.number]
+
+
+def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
+    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
+    goes_on = answer.candidate.parent is not None
+    model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
+    train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
+    return model
+
+
+def best(trials: Sequence[Trial], steered: Sequence[Budget], budgets: Sequence[Budget]) -> Trial:
+    """The measured trial of highest score within what was aimed at; without any, within the budgets; without any, one
+    whose measurement was disturbed, or the one that exceeds them least."""
+    answers = [t for t in trials if t.candidate.measure and t.error is None]
+    if not answers:
+        failed = next((t.error for t in reversed(trials) if t.error), "no candidate was measured")
+        raise RuntimeError(f"the search ended without an answer: {failed}")
+    for limits, verdict in ((steered, True), (budgets, True), (budgets, None)):
+        if within := [t for t in answers if all_met(limits, t.costs) is verdict]:
+            return max(within, key=lambda t: t.score)
+    return min(answers, key=lambda t: max(t.costs[b.cost].high / b.limit for b in budgets))
+
+
+def _already(asked: str, limit: Budget, dense: Measurement) -> str:
+    word = asked.partition("_")[0]
+    return (
+        f"the dense network keeps {asked} already: {dense.value:.4g} [{dense.low:.4g}, {dense.high:.4g}] of at most "
+        f"{limit.limit:.4g} {limit.unit}; nothing is pruned. To prune all the same: budget={word}_50pct"
+    )

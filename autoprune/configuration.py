@@ -1,0 +1,152 @@
+"""What a command was configured with: YAML and the words of the line through Hydra, checked, as plain values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from autoprune.components import CONF, bind, names
+from autoprune.core import InputError
+
+GROUPS = ("task", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
+FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    str: ((str, type(None)), "text"),
+    list: ((list,), "a list"),
+}
+FOLDER_COMMANDS = {
+    "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
+    "report": "Write report.html of a finished run again.",
+}
+
+
+def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
+    """The command's configuration with the user's overrides, as plain values."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        own_task, rest = _own_task(words, OverridesParser.create())
+        if command == "compare":
+            rest = ["++" + word if word.startswith(FREE) else word for word in rest]
+        with initialize_config_dir(str(CONF.resolve()), version_base=None):
+            config = compose(command, overrides=rest)
+            plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
+        if own_task:
+            config.task = own_task
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE to the command line")
+        values: Any = OmegaConf.to_container(config, resolve=True)
+        defaults: Any = OmegaConf.to_container(plain)
+        free = {"budget", "task"} if own_task else {"budget"}
+        _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_explained(command, words, error)) from error
+    return values  # type: ignore[no-any-return]
+
+
+def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises InputError where a number or a switch by default was given as something else."""
+    for key, default in defaults.items():
+        given, kind = values.get(key), KINDS.get(type(default))
+        if isinstance(default, dict):
+            if not isinstance(given, dict):
+                raise InputError(f"{prefix}{key} must be a mapping of keys, got {given!r}")
+            _check_kinds(given, default, f"{prefix}{key}.")
+        elif kind and (not isinstance(given, kind[0]) or (isinstance(given, bool) and bool not in kind[0])):
+            raise InputError(f"{prefix}{key} must be {kind[1]}, got {given!r}")
+
+
+def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:
+    """A task function of the user's discards the default task's arguments and admits its own without a `+`."""
+    if not any(word.startswith(("task._target_=", "+task._target_=")) for word in words):
+        return {}, list(words)
+    mine = [word for word in words if word.lstrip("+").startswith("task.")]
+    parsed = [parser.parse_override(word) for word in mine]
+    return {p.key_or_group.removeprefix("task."): p.value() for p in parsed}, [w for w in words if w not in mine]
+
+
+def _explained(command: str, words: Sequence[str], error: Exception) -> str:
+    """A configuration error in one line, with the nearest key where one was misspelt."""
+    from omegaconf import OmegaConf
+
+    known = set(_keys(OmegaConf.load(CONF / f"{command}.yaml")))
+    for group in GROUPS:
+        if (CONF / group).is_dir():
+            known.add(group)
+            for name in names(group):
+                known |= {f"{group}.{key}" for key in _keys(OmegaConf.load(CONF / group / f"{name}.yaml"))}
+    for word in words:
+        key = word.partition("=")[0].lstrip("+~")
+        if "=" not in word:
+            return f"'{word}' is not key=value; python -m autoprune {command} --help shows every key"
+        if key not in known and ("Could not override" in str(error) or "struct" in str(error)):
+            near = difflib.get_close_matches(key, sorted(known), 1, 0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; see python -m autoprune {command} --help"
+            return f"unknown key '{key}' in '{word}'{hint}"
+    return f"cannot read {' '.join(words)}: {' '.join(str(error).split())}"
+
+
+def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+    from omegaconf import DictConfig
+
+    for key in node:
+        if key == "defaults":
+            continue
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig):
+            yield from _keys(child, f"{prefix}{key}.")
+
+
+def made(kind: Callable[..., Any], values: dict[str, Any], place: str) -> Any:
+    """A value type from its keys; an unknown key or a wrong type is the user's error."""
+    target = f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        return bind({"_target_": target, **values}, place)()
+    except TypeError as error:
+        raise InputError(f"{place}: {error}; see --help for the kind of each value") from error
+
+
+def save(config: Mapping[str, Any], path: Path) -> None:
+    """Write a configuration as YAML, which config_of reads again."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.save(OmegaConf.create(dict(config)), path)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The configuration that a search left in its folder."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
+        _ = values["task"]["_target_"], values["device"]["_target_"], values["seed"]
+    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+        raise InputError(
+            f"{folder} is not the folder of a search: config.yaml {type(error).__name__} {error}"
+        ) from error
+    return values  # type: ignore[no-any-return]
+
+
+def command_help(command: str) -> str:
+    """Every key of a command with its default, and the YAMLs that it may be made of."""
+    if command in FOLDER_COMMANDS:
+        return f"usage: python -m autoprune {command} RUN_DIR\n\n{FOLDER_COMMANDS[command]}\n"
+    lines = [f"usage: python -m autoprune {command} [key=value ...]\n", (CONF / f"{command}.yaml").read_text()]
+    for group in GROUPS:
+        if f"- {group}: " in lines[1]:
+            for name in names(group):
+                lines.append(f"# {group}={name}\n{(CONF / group / f'{name}.yaml').read_text()}")
+    lines.append("# a task of your own: task._target_=my_module.make_task task.argument=value (see the README)\n")
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""Latencies and cost tables without a search, and the devices that give them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from autoprune import components, costs
+from autoprune.checks import check_seed
+from autoprune.core import InputError, Measurement, Progress, Silent, Task
+from autoprune.meters.device import Device
+from autoprune.meters.latency import Latency, Reference
+from autoprune.meters.profile import CostTable, Profile
+from autoprune.prune import RatioTable
+from autoprune.space import trace
+from autoprune.traced import TracedModel
+
+Kind = TypeVar("Kind")
+
+
+def profile(
+    task: Task,
+    *,
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    plan: Profile = Profile(),
+    tables: str | Path | None = None,
+    max_ratio: float = 0.9,
+    seed: int = 0,
+    progress: Progress = Silent(),
+) -> tuple[CostTable, TracedModel]:
+    """Measure a device's cost table for a task's model anew, and keep it in the folder `tables`.
+
+    Raises:
+        InputError: the device is not there or the model cannot be traced.
+        MeasuringError: too few networks could be measured.
+    """
+    check_seed(seed)
+    progress.stage("tracing", None)
+    traced = trace(task.model, task.inputs, max_ratio=max_ratio)
+    meter = Latency(device_of(device), seed=seed)
+    folder = None if tables is None else Path(tables)
+    table = costs.table_for(task, traced, meter, plan=plan, folder=folder, seed=seed, progress=progress, refresh=True)
+    return table, traced
+
+
+def latency(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    seed: int = 0,
+) -> Measurement:
+    """Milliseconds of model(*inputs) on a device, as a search's verdict measures them (see meters.latency.Latency)."""
+    return Latency(device_of(device), seed=seed).measure(model, inputs)
+
+
+def measured_again(
+    task: Task, folder: Path, *, device: str | Mapping[str, Any] | Device = "torch_cpu", seed: int = 1
+) -> tuple[Measurement, Measurement]:
+    """The latency of a finished run's written network as the run measured it, and as it is now in new processes, as
+    many as the device allows.
+
+    Raises:
+        InputError: the folder holds no run that measured a latency, or not of this task.
+    """
+    table = RatioTable.load(folder / "ratios.yaml")
+    model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
+    try:
+        values = json.loads((folder / "result.json").read_text())
+        cost = values["costs"]["latency_ms"]
+        relative = any(b["asked"].endswith("pct") for b in values["budgets"] if b["cost"] == "latency_ms")
+        then = Measurement(**{**cost["measured"], "notes": tuple(cost["measured"]["notes"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
+    dense = Measurement.exact(cost["dense"], "ms", "measured")
+    chosen = device_of(device)
+    chosen = replace(chosen, processes=chosen.most_processes)
+    meter = Latency(chosen, seed=seed).beside(Reference(task.model, dense, relative))
+    return then, meter.measure(model, task.inputs)
+
+
+def device_of(value: str | Mapping[str, Any] | Device) -> Device:
+    """The device of a name in conf/device/, or of a mapping with `_target_`."""
+    return built(Device, "device", value)
+
+
+def built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) -> Kind:
+    """The value of a name in a folder of conf/, or of a mapping with `_target_`.
+
+    Raises:
+        InputError: there is no such name, or what it makes is of another kind.
+    """
+    if isinstance(value, kind):
+        return value
+    made = components.bind(components.chosen(group, value), group)()  # type: ignore[arg-type]
+    if not isinstance(made, kind):
+        raise InputError(f"{group}: {value} gives a {type(made).__name__}, it must be an autoprune {kind.__name__}")
+    return made
