@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 3
 PASSES = 10
+WHOLE = 3  # of so many networks one is all of multiples
 LOG = logging.getLogger("autoprune")
 Cut = Callable[[Sequence[int]], "nn.Module"]
 
@@ -319,18 +320,20 @@ def _largest(weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]) -
 
 def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:
     """Units kept of each group for `count` networks: depths evenly spread from shallow to deep, each group drawn around
-    its network's depth, three quarters of the widths at multiples of 4, 8 or 16."""
+    its network's depth, three quarters of the widths at multiples of 4, 8 or 16; every third network's all of one of
+    them, as answers are where kernels work on blocks."""
     rng = np.random.default_rng(seed)
     depths = (rng.permutation(count) + rng.random(count)) / count
     networks = []
-    for depth in depths:
-        kept = []
+    for number, depth in enumerate(depths):
+        kept, common = [], int(rng.choice([4, 8, 16])) if number % WHOLE == 0 else None
         for group in space.groups:
             floor = group.kept(group.levels[-1])
             width = round(group.size - (group.size - floor) * min(1.0, rng.uniform(0, 2 * depth)))
-            block = int(rng.choice([1, 4, 8, 16]))
+            block = min(common, max(1, group.size // 2)) if common else int(rng.choice([1, 4, 8, 16]))
             if group.size > block:
-                width = min(group.size, max(floor, math.floor(width / block + 0.5) * block))
+                least = math.ceil(floor / block) * block if common else floor
+                width = min(group.size, max(least, math.floor(width / block + 0.5) * block))
             kept.append(width)
         networks.append(kept)
     return networks
