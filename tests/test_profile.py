@@ -136,6 +136,13 @@ class Broken(Narrow):
         return super().forward(x)
 
 
+def test_every_third_network_is_all_of_one_block(traced: TracedModel) -> None:
+    for kept in profile._drawn(traced.space, 60, 0)[::3]:
+        widths = [(n, g.size) for n, g in zip(kept, traced.space.groups, strict=True)]
+        blocks = (4, 8, 16)  # a group of fewer than two has halves
+        assert any(all(n in (size, n // b * b, n // (size // 2) * (size // 2)) for n, size in widths) for b in blocks)
+
+
 def test_drawn_networks_span_the_space(traced: TracedModel) -> None:
     drawn = np.array(profile._drawn(traced.space, 200, 0))
     for widths, group in zip(drawn.T, traced.space.groups, strict=True):
