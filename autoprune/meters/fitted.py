@@ -304,12 +304,13 @@ def _relative_nnls(design: Floats, target: Floats, size: Floats | None = None, r
     column's coefficient weighs where the column's largest value is as large as a typical target."""
     weights = 1.0 / np.maximum(size if size is not None else target, 1e-9)
     scale = np.abs(design).max(axis=0)
-    scale[scale == 0] = 1.0
-    rows, aims = design / scale * weights[:, None], target * weights
+    used = np.flatnonzero(scale)  # what no sample has costs nothing
+    rows, aims = design[:, used] / scale[used] * weights[:, None], target * weights
     if ridge is not None:
-        rows, aims = np.vstack([rows, np.diag(ridge * weights.mean())]), np.append(aims, np.zeros(len(ridge)))
-    found, _ = nnls(rows, aims, maxiter=30 * rows.shape[1])
-    return np.asarray(found / scale)
+        rows, aims = np.vstack([rows, np.diag(ridge[used] * weights.mean())]), np.append(aims, np.zeros(len(used)))
+    found = np.zeros(len(scale))
+    found[used] = nnls(rows, aims, maxiter=30 * rows.shape[1])[0] / scale[used]
+    return found
 
 
 def stair_levels(cost: FittedCost, space: PruningSpace, most: int, round_to: int = 1) -> dict[str, tuple[float, ...]]:
