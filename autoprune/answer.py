@@ -22,8 +22,8 @@ from autoprune.study import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer's trial and fine-tuned network; record: what Result keeps of how it was found; known: its costs, where
-    they were measured just now."""
+    """The answer's trial and network, fine-tuned unless it is the dense one; record: what Result keeps of how it was
+    found; known: its costs, where they were measured just now."""
 
     trial: Trial
     model: nn.Module
@@ -54,7 +54,7 @@ def searched(
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = best(trials, prices.steered, prices.limits)
-    model = _recovered(evaluator, answer, plan, seed=evaluator.seed, progress=progress)
+    model = _recovered(evaluator, answer, plan, progress)
     record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
     record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
     return Answer(trial=answer, model=model, record=record)
@@ -89,11 +89,11 @@ def settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
     return history[: last.number]
 
 
-def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, *, seed: int, progress: Progress) -> nn.Module:
+def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Progress) -> nn.Module:
     """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
     goes_on = answer.candidate.parent is not None
     model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
-    train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=seed, progress=progress)
+    train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=evaluator.seed, progress=progress)
     return model
 
 

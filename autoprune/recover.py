@@ -19,9 +19,8 @@ HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
 
 def check_healing(place: str, recovery: Sequence[str]) -> None:
     """Raises InputError unless this is a list of steps of HEALING, each at most once."""
-    steps = [] if isinstance(recovery, str) else list(recovery)
     rule = f"recovery must be a list of {', '.join(HEALING)}, each at most once"
-    kept = not isinstance(recovery, str) and all(steps.count(step) == 1 and step in HEALING for step in steps)
+    kept = isinstance(recovery, list | tuple) and all(recovery.count(s) == 1 and s in HEALING for s in recovery)
     check_rules(place, {rule: kept}, {"recovery": recovery})
 
 

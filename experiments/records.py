@@ -17,8 +17,14 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, values: Mapping[str, Any]) -> None:
-    """Add a row, and print it."""
+    """Add a row, and print it.
+
+    Raises:
+        ValueError: the rows that are there have other columns.
+    """
     new = not path.exists()
+    if not new and (earlier := next(csv.reader(path.open(newline="")), [])) != list(values):
+        raise ValueError(f"{path} has columns {earlier}, the new row {list(values)}: move it away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(values))
         if new:

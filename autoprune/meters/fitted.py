@@ -9,8 +9,8 @@ one kind and shape share their coefficients (non-negative least squares on relat
 the network takes beyond its layers (activations, additions) is a constant and a slope for each group.
 
 Whole networks are fewer than coefficients. Fitted to them, a layer has few of these products (FEW), and all layers of
-one operator share what a product costs per unit of their work; what a layer costs beyond that is held small by a ridge
-(OWN; experiments/latency).
+one operator share what a product costs per unit of their work; of the first few products (PLAIN) a layer has a cost of
+its own beyond that, held small by a ridge (OWN; experiments/latency).
 
 Letters: G groups, L levels of one group, F features, S samples.
 """
@@ -45,6 +45,7 @@ FEW = (
     *(("wide ragged 4 x width", "width"), ("width", "wide ragged 4 x width")),
     *(("wide ragged 4 x width", "1"), ("1", "wide ragged 4 x width")),
 )
+PLAIN = 5  # of FEW, those that know no ragged widths
 OWN = 1.0  # the ridge, relative to what a sample weighs
 STEADY = 0.75  # of the widths worth keeping: that many on multiples of a block make it the step
 NOTICEABLE = 0.03  # of a group's range: a narrower width that gains less is no step
@@ -57,9 +58,9 @@ Alike = tuple[str, tuple[float, float]]  # what a layer is, its dense output and
 class Shape:
     """What the cost of a layer depends on besides the device.
 
-    operator: the type of the module. kind: the module as a whole and the shape that it is given; layers of one kind
-    share their coefficients. sides: its output and input width by the units kept. work: MACs for each unit of the
-    output and of the input, places of the output x weights of the kernel.
+    operator: the type of the module, grouped convolutions apart. kind: the module as a whole and the shape that it is
+    given; layers of one kind share their coefficients. sides: its output and input width by the units kept. work: MACs
+    for each unit of the output and of the input, places of the output x weights of the kernel.
     """
 
     operator: str
@@ -250,7 +251,7 @@ def _fit_to_networks(
     plain: FittedCost, samples: Sequence[Sample], shapes: Mapping[str, Shape], alike: Mapping[Alike, Sequence[str]]
 ) -> FittedCost:
     """Columns: the base, what all layers of one operator share, what those of one kind have of their own."""
-    shared: dict[tuple[str, bool], Floats] = {}
+    shared: dict[str, Floats] = {}
     own, few = [], {kind: _few_products(kind[1]) for kind in alike}
     for kind, names in alike.items():
         column = np.zeros([len(samples), len(FEW)])
@@ -258,28 +259,23 @@ def _fit_to_networks(
         for layer in names:
             for row, sample in zip(column, samples, strict=True):
                 row[places] += _products(shapes[layer], kind[1], sample.kept)[list(few[kind].values())]
-        own.append(column)
-        family = _family(shapes[names[0]], kind)
-        shared[family] = shared.get(family, 0.0) + shapes[names[0]].work * column
+        own.append(column[:, :PLAIN])
+        shape = shapes[names[0]]
+        shared[shape.operator] = shared.get(shape.operator, 0.0) + shape.work * column
     base = np.array([(1.0, *sample.kept) for sample in samples])
     design = np.hstack([base, *shared.values(), *own])
-    ridge = np.repeat([0.0, OWN], [design.shape[1] - len(own) * len(FEW), len(own) * len(FEW)])
+    ridge = np.repeat([0.0, OWN], [design.shape[1] - PLAIN * len(own), PLAIN * len(own)])
     found = _relative_nnls(design, np.array([sample.total for sample in samples]), ridge=ridge)
-    bases, *parts = np.split(found, range(base.shape[1], len(found), len(FEW)))
-    together, alone = dict(zip(shared, parts, strict=False)), parts[len(shared) :]
+    bases, together, alone = np.split(found, [base.shape[1], len(found) - PLAIN * len(own)])
+    each = dict(zip(shared, together.reshape(len(shared), len(FEW)), strict=True))
     layers = []
-    for (kind, names), part in zip(alike.items(), alone, strict=True):
+    for (kind, names), part in zip(alike.items(), alone.reshape(len(own), PLAIN), strict=True):
         coefficients = np.zeros(math.prod(len(phi(w, w)) for w in kind[1]))
-        each = part + shapes[names[0]].work * together[_family(shapes[names[0]], kind)]
-        coefficients[list(few[kind].values())] = each[list(few[kind])]
+        costs = shapes[names[0]].work * each[shapes[names[0]].operator]
+        costs[:PLAIN] += part
+        coefficients[list(few[kind].values())] = costs[list(few[kind])]
         layers += [_layer(n, shapes[n], kind[1], coefficients) for n in names]
     return replace(plain, layers=tuple(layers), base=tuple(bases.tolist()))
-
-
-def _family(shape: Shape, kind: Alike) -> tuple[str, bool]:
-    """Layers whose costs per unit of work are alike: those of one operator, but for those where each output reads one
-    input (depthwise convolutions, normalisation)."""
-    return shape.operator, kind[1][1] == 1
 
 
 def _layer(name: str, shape: Shape, full: tuple[float, float], coefficients: Floats) -> LayerCost:

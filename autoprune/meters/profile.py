@@ -2,8 +2,8 @@
 
 Networks are measured in one warm process, each pass beside one of the same reference network: the machine's slow and
 fast spells cancel in the ratio of the two. The dense network is measured like a verdict, in fresh processes; it anchors
-the table. Three quarters of the widths are drawn at multiples of 4, 8 or 16, where stairs have their edges. Networks
-that were not fitted tell how wrong the table is.
+the table. Most widths are drawn at multiples of 4, 8 or 16, where stairs have their edges. Networks that were not
+fitted tell how wrong the table is.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class CostTable:
     shapes: Mapping[str, Shape]
     by: By
     facts: Mapping[str, Any]
+    _fits: list[FittedCost] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -89,8 +90,10 @@ class CostTable:
         return np.array([abs(p / m - 1) for p, m in self.held_out_pairs(space)])
 
     def _fitted(self, space: PruningSpace) -> FittedCost:
-        fitted = self.samples[: len(self.samples) - self.held_out]
-        return fit(fitted, self.shapes, space, name="latency_ms", unit="ms", by=self.by)
+        if not self._fits:  # once, as it takes a while, and spaces differ in their levels alone
+            fitted = self.samples[: len(self.samples) - self.held_out]
+            self._fits.append(fit(fitted, self.shapes, space, name="latency_ms", unit="ms", by=self.by))
+        return dataclasses.replace(self._fits[0], space=space)
 
     def to_json(self) -> dict[str, Any]:
         shapes = {
@@ -168,7 +171,7 @@ def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
         return None
     try:
         return CostTable.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise InputError(
             f"the cost table {path} is damaged ({type(error).__name__}: {error}): delete it, or measure it again with "
             "python -m autoprune profile"
@@ -266,7 +269,7 @@ def _measured(worker: WarmWorker, blobs: Sequence[dict[str, Any]], device: Devic
 def _shapes(
     model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]
 ) -> dict[str, Shape]:
-    """Of the layers that have weights and run."""
+    """Of the layers that have weights and run; one that runs several times does the work of all."""
     import torch
     from torch.utils._pytree import tree_leaves
 
@@ -274,21 +277,29 @@ def _shapes(
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
 
     def seen(name: str, weight: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            given = list(args[0].shape) if args and hasattr(args[0], "shape") else []
+        def hook(module: nn.Module, args: Any, named: Any, output: Any) -> None:
+            given = next((x for x in tree_leaves((args, named)) if isinstance(x, torch.Tensor)), torch.empty(0))
             made = max((x.numel() for x in tree_leaves(output) if isinstance(x, torch.Tensor)), default=0)
-            places = made / width_of(weights[weight][0], sizes)
+            first, second = weights[weight]
+            if transposed := bool(getattr(module, "transposed", False)):  # weights are [input, output, ...]
+                made, first, second = given.numel(), second, first
+            places = made / max(1.0, width_of(second if transposed else first, sizes))
             shape = Shape(
-                operator=type(module).__name__,
-                kind=f"{module} on {given}",
-                sides=weights[weight],
+                operator=type(module).__name__ + " in groups" * (getattr(module, "groups", 1) != 1),
+                kind=f"{module} on {list(given.shape)}",
+                sides=(first, second),
                 work=places * math.prod(parameters[weight].shape[2:]),
             )
-            found.setdefault(name, shape)
+            earlier = found.setdefault(name, dataclasses.replace(shape, work=0.0))
+            found[name] = dataclasses.replace(earlier, work=earlier.work + shape.work)
 
         return hook
 
-    hooks = [modules[n].register_forward_hook(seen(n, w)) for n, w in _largest(weights, sizes).items() if n in modules]
+    hooks = [
+        modules[name].register_forward_hook(seen(name, weight), with_kwargs=True)
+        for name, weight in _largest(weights, sizes).items()
+        if name in modules
+    ]
     try:
         with torch.inference_mode(), evaluating(model), seeded(0):
             model(*arguments(inputs))
@@ -321,7 +332,7 @@ def _largest(weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]) -
 def _drawn(space: PruningSpace, count: int, seed: int) -> list[list[int]]:
     """Units kept of each group for `count` networks: depths evenly spread from shallow to deep, each group drawn around
     its network's depth, three quarters of the widths at multiples of 4, 8 or 16; every third network's all of one of
-    them, as answers are where kernels work on blocks."""
+    them (or of half a group's size), as answers are where kernels work on blocks."""
     rng = np.random.default_rng(seed)
     depths = (rng.permutation(count) + rng.random(count)) / count
     networks = []

@@ -219,16 +219,18 @@ class Sensitivity(Scripted):
             f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
             for weight in self.evenness
         }
-        return kinds | {"one ratio": partial(self._even, losses)}
+        return kinds | {"one ratio widened": partial(self._widened, losses)}
 
-    def _even(self, losses: list[Losses]) -> Levels:
-        """One ratio for all groups, and what it leaves of the budgets spent on wider groups."""
+    def _widened(self, losses: list[Losses]) -> Levels:
+        """One ratio for all groups, and what it leaves of the budgets spent on wider groups; the charge tells levels of
+        the same loss apart."""
         levels = evenly(self.space, self._keeps, losses)
         rows = charged(self.space, losses, EVENNESS[0])
         for row, level in zip(rows, levels, strict=True):
             row[level + 1 :] = math.inf
-        with suppress(InfeasibleError):  # by a form that is linear elsewhere
-            return self._allocated(rows)
+        with suppress(InfeasibleError):
+            if self._keeps(wider := self._allocated(rows)):  # a form may be linear elsewhere
+                return wider
         return levels
 
     def _best_of(self, kinds: Kinds) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery] | None]:
