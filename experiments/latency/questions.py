@@ -1,7 +1,8 @@
 """Latency budgets, question by question: python experiments/latency/questions.py QUESTION [arguments]
 
-    strategies [SEEDS [STRATEGIES]] uniform,sensitivity,netadapt (or some of them, uniform first) at the same measured
-                        latency, 3 seeds: test accuracy, recalibrated, reconstructed and fine-tuned
+    strategies [SEEDS [STRATEGIES [RECOVERY]]]      uniform,sensitivity,netadapt (or some of them, uniform first) at the
+                        same measured latency, 3 seeds, where candidates get RECOVERY (reconstruct, the default, or
+                        bn_recalibrate alone): test accuracy, recalibrated, reconstructed and fine-tuned
     finalists [BUDGET [SEED]]       what the sensitivity strategy chooses among: loss before training, after its short
                         fine-tune, and after one epoch
     calibrations        latency_20ms from 5 seeds: how many answers were measured before one was inside
@@ -31,6 +32,7 @@ import autoprune
 from autoprune.borrowing import first, seeded
 from autoprune.core import Task
 from autoprune.criteria import l1
+from autoprune.evaluate import Scoring
 from autoprune.final import healed
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
@@ -53,7 +55,7 @@ EPOCHS = 3  # of final fine-tunes
 BUSY = "import time\nwhile 1:\n e=time.time()+{0}\n while time.time()<e: pass\n time.sleep({0})"
 
 
-def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt") -> None:
+def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt", recovery: str = "reconstruct") -> None:
     task = fashion_mnist_resnet20.make_task(data="shipped")
     dense = correct(task.model, task)
     stages = (*STEPS, "fine-tuned")
@@ -61,10 +63,10 @@ def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt") ->
     for seed in range(int(count)):
         base = None
         for strategy in names.split(","):
-            file = HERE / f"strategies_{seed}_{strategy}.npz"
+            file = HERE / f"strategies_{recovery}_{seed}_{strategy}.npz"
             if not file.exists():
                 budget = BASE_BUDGET if base is None else f"latency_{105 * float(base['high']):.1f}pct"
-                np.savez_compressed(file, **_searched(task, strategy, budget, seed))
+                np.savez_compressed(file, **_searched(task, strategy, budget, seed, recovery))
             found = np.load(file)
             base = found if base is None else base
             cells = [str(seed), strategy, f"{found['low']:.3f} to {found['high']:.3f}"]
@@ -73,7 +75,7 @@ def strategies(count: str = "3", names: str = "uniform,sensitivity,netadapt") ->
             print("| " + " | ".join([*cells, apart(found["fine-tuned"], dense)]) + " |", flush=True)
 
 
-def _searched(task: Task, strategy: str, budget: str, seed: int) -> dict[str, Any]:
+def _searched(task: Task, strategy: str, budget: str, seed: int, recovery: str) -> dict[str, Any]:
     """Which test images the answer gets right, before its training and after it, and what it takes."""
     began = time.time()
     result = autoprune.search(
@@ -81,6 +83,7 @@ def _searched(task: Task, strategy: str, budget: str, seed: int) -> dict[str, An
         budget=budget,
         strategy=strategy,
         seed=seed,
+        scoring=Scoring(recovery=HEALING[HEALING.index(recovery) :]),
         final=FineTune(epochs=EPOCHS),
         tables=TABLES,
         cache=CACHE,
@@ -91,7 +94,8 @@ def _searched(task: Task, strategy: str, budget: str, seed: int) -> dict[str, An
     found = {stage: correct(healed(task, result.table, batches, steps), task) for stage, steps in STEPS.items()}
     found["fine-tuned"] = correct(result.model, task)
     ms = result.measured["latency_ms"]
-    values: dict[str, Any] = {"budget": budget, "seed": seed, "strategy": strategy, "met": result.met}
+    values: dict[str, Any] = {"recovery": recovery, "budget": budget, "seed": seed, "strategy": strategy}
+    values["met"] = result.met
     values |= {"ms": round(ms.value, 2), "low": round(ms.low, 2), "high": round(ms.high, 2)}
     values |= {"dense_ms": round(result.dense["latency_ms"].value, 2), "rounds": len(result.rounds)}
     values |= {"answers": sum(t.candidate.measure for t in result.trials), "seconds": seconds}
