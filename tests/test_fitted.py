@@ -97,8 +97,8 @@ def test_layers_of_one_operator_tell_of_each_other() -> None:
 
 
 def test_layers_are_believed_where_they_tell_more() -> None:
-    """Layers that are nothing alike, read exactly, their networks with 2 % noise: what the layers took predicts better.
-    Networks alone do where layers are read badly. On nine draws of ten: errors are told from the very readings."""
+    """Layers that are nothing alike, read exactly, their networks with 20 % noise: what the layers took predicts
+    better. Networks alone do where layers are read badly. On nine draws of ten: errors are told from the readings."""
     unlike = {name: dataclasses.replace(shape, operator=name) for name, shape in SHAPES.items()}
 
     def found(seed: int, network: float, layer: float) -> str:
@@ -107,14 +107,14 @@ def test_layers_are_believed_where_they_tell_more() -> None:
         read = [
             dataclasses.replace(
                 s,
-                total=s.total * float(np.exp(rng.normal(0, network))),
+                total=s.total * float(np.exp(noise)),
                 layers={name: ms * float(np.exp(rng.normal(0, layer))) for name, ms in s.layers.items()},
             )
-            for s in samples
+            for s, noise in zip(samples, rng.normal(0, network, len(samples)), strict=True)
         ]
         return better(read, unlike, SPACE)
 
-    assert [found(seed, 0.02, 0.0) for seed in range(10)].count("layers") >= 9
+    assert [found(seed, 0.2, 0.0) for seed in range(10)].count("layers") >= 9
     assert [found(seed, 0.0, 0.5) for seed in range(10)].count("network") >= 9
 
 

@@ -75,7 +75,7 @@ def test_a_model_left_in_training_mode_is_not_touched() -> None:
 def test_every_layer_with_weights_is_timed(table: CostTable) -> None:
     with_weights = {n for n, m in MODEL.named_modules() if not list(m.children()) and list(m.parameters())}
     assert set(table.shapes) == with_weights
-    assert np.median([sum(s.layers.values()) / s.total for s in table.samples]) < 2
+    assert all(sum(s.layers.values()) < 2 * s.total for s in table.samples)
 
 
 def test_work_is_macs_for_each_unit_of_both_sides() -> None:

@@ -119,16 +119,21 @@ def test_the_answer_is_the_finalist_that_recovers_best() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_one_ratio_for_all_is_widened_until_no_group_can_be(seed: int) -> None:
+    """By the losses, and where those of all groups but one tell no levels apart."""
     world = World(seed)
-    trials = finalists(world.play(Sensitivity(world.space, world.budgets, world.costs, evenness=())))
-    widened = next(t.candidate.ratios for t in trials if "one ratio" in str(t.candidate.about["finalist"]))
+    strategy = Sensitivity(world.space, world.budgets, world.costs, evenness=())
+    losses = [float(number == 0) * np.array(g.levels) for number, g in enumerate(world.space.groups)]
+    flat = world.space.ratios(strategy._widened(losses))
+    trials = finalists(world.play(strategy))
+    asked = next(t.candidate.ratios for t in trials if "one ratio" in str(t.candidate.about["finalist"]))
     cost, limit, groups = world.costs["macs"], world.budgets[0].limit, world.space.groups
     even = world.space.ratios(evenly(world.space, lambda n: cost.predict(world.space.ratios(n)) <= limit))
-    assert all(ratio <= common for ratio, common in zip(widened, even, strict=True))
-    assert cost.predict(widened) <= limit
-    for g, ratio in enumerate(widened):
-        wider = [level for level in groups[g].levels if level < ratio]
-        assert not wider or cost.predict((*widened[:g], wider[-1], *widened[g + 1 :])) > limit
+    for widened in (asked, flat):
+        assert all(ratio <= common for ratio, common in zip(widened, even, strict=True))
+        assert cost.predict(widened) <= limit
+        for g, ratio in enumerate(widened):
+            wider = [level for level in groups[g].levels if level < ratio]
+            assert not wider or cost.predict((*widened[:g], wider[-1], *widened[g + 1 :])) > limit
 
 
 def test_after_a_missed_limit_only_what_led_is_solved_again() -> None:
