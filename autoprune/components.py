@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,6 +17,7 @@ from autoprune.core import InputError, Task
 
 _HERE = Path(__file__).parent
 CONF = _HERE / "conf" if (_HERE / "conf").is_dir() else _HERE.parent / "conf"  # in the wheel; in the repository
+Kind = TypeVar("Kind")
 
 
 def names(group: str) -> list[str]:
@@ -78,6 +79,20 @@ def bind(values: Mapping[str, Any], place: str, *given: object, **named: object)
 def chosen(group: str, value: str | Mapping[str, Any]) -> dict[str, Any]:
     """A component given by its name in conf/, or by its `_target_` and keyword arguments."""
     return spec(group, value) if isinstance(value, str) else dict(value)
+
+
+def built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) -> Kind:
+    """The value of a name in a folder of conf/, or of a mapping with `_target_`.
+
+    Raises:
+        InputError: there is no such name, or what it makes is of another kind.
+    """
+    if isinstance(value, kind):
+        return value
+    made = bind(chosen(group, value), group)()  # type: ignore[arg-type]
+    if not isinstance(made, kind):
+        raise InputError(f"{group}: {value} gives a {type(made).__name__}, it must be an autoprune {kind.__name__}")
+    return made
 
 
 def named(group: str, values: Mapping[str, Any]) -> str:

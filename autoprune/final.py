@@ -70,7 +70,7 @@ def finetune_table(
     with seeded(seed):
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    model = healed(task, table, batches, recovery).to(device)
+    model = healed(task, table, batches, recovery, device=device)
     teacher = copy.deepcopy(task.model).to(device)
     train(model, task, final, teacher=teacher, seed=seed, progress=progress)
     progress.stage("reading the test split", None)
@@ -88,17 +88,22 @@ def finetune_table(
     )
 
 
-def healed(task: Task, table: RatioTable, batches: Sequence[Any], recovery: Sequence[str] = HEALING) -> nn.Module:
-    """The task's model pruned by a table and recovered without training, on these training batches and the model's own
-    device.
+def healed(
+    task: Task,
+    table: RatioTable,
+    batches: Sequence[Any],
+    recovery: Sequence[str] = HEALING,
+    *,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The task's model pruned by a table, put on a device and recovered without training, on these training batches.
 
     Raises:
         InputError: the model has another architecture than the table's.
     """
-    model = table.prune(task.model, task.inputs, reconstruct=batches if "reconstruct" in recovery else ())
+    model = table.prune(task.model, task.inputs, reconstruct=batches if "reconstruct" in recovery else ()).to(device)
     if "bn_recalibrate" in recovery:
-        place = next((p.device for p in model.parameters()), torch.device("cpu"))
-        recalibrate(model, to_device(batches, place))
+        recalibrate(model, to_device(batches, device))
     return model
 
 

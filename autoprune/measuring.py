@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,8 +19,6 @@ from autoprune.meters.profile import CostTable, Profile
 from autoprune.prune import RatioTable
 from autoprune.space import trace
 from autoprune.traced import TracedModel
-
-Kind = TypeVar("Kind")
 
 
 def profile(
@@ -86,18 +84,4 @@ def measured_again(
 
 def device_of(value: str | Mapping[str, Any] | Device) -> Device:
     """The device of a name in conf/device/, or of a mapping with `_target_`."""
-    return built(Device, "device", value)
-
-
-def built(kind: type[Kind], group: str, value: str | Mapping[str, Any] | Kind) -> Kind:
-    """The value of a name in a folder of conf/, or of a mapping with `_target_`.
-
-    Raises:
-        InputError: there is no such name, or what it makes is of another kind.
-    """
-    if isinstance(value, kind):
-        return value
-    made = components.bind(components.chosen(group, value), group)()  # type: ignore[arg-type]
-    if not isinstance(made, kind):
-        raise InputError(f"{group}: {value} gives a {type(made).__name__}, it must be an autoprune {kind.__name__}")
-    return made
+    return components.built(Device, "device", value)

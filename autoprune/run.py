@@ -27,7 +27,7 @@ from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import FINAL
-from autoprune.measuring import built, device_of
+from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants
 from autoprune.meters.profile import Profile
@@ -215,7 +215,7 @@ def _prepared(
     costs.check_budgets(budgets)
     check_seed(seed)
     check_place(scoring.device, "evaluator.device")
-    target, constants = device_of(device), built(Constants, "energy", energy)
+    target, constants = device_of(device), components.built(Constants, "energy", energy)
     rank: Criterion = components.bind(criterion, "criterion", task.model, (), batches=(), loss=None, seed=0)
     if cache is not None:
         check_writable(Path(cache), "evaluator.cache")
