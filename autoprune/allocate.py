@@ -60,6 +60,14 @@ def charged(space: PruningSpace, losses: Sequence[Floats], weight: float) -> lis
     return [row + scale * np.square(g.levels) for g, row in zip(space.groups, losses, strict=True)]
 
 
+def within(losses: Sequence[Floats], least: Sequence[int], most: Sequence[int]) -> list[Floats]:
+    """Losses [L] a group that bar, being infinite there, every level below `least` and above `most`."""
+    rows = [row.copy() for row in losses]
+    for row, low, high in zip(rows, least, most, strict=True):
+        row[:low] = row[high + 1 :] = np.inf
+    return rows
+
+
 def evenly(
     space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.core import InputError
 
@@ -56,6 +57,18 @@ def arguments(inputs: Any, device: torch.device | str | None = None) -> tuple[An
 def to_device(value: Any, device: torch.device | str) -> Any:
     """Every tensor in a nest of tuples, lists and dictionaries on the device."""
     return tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, value)
+
+
+def fingerprint(value: Any) -> str:
+    """Of the contents of a nest: tensors by their bytes, anything else as it prints."""
+    digest = hashlib.sha256()
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            digest.update(repr((tuple(leaf.shape), leaf.dtype)).encode())
+            digest.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()[:32]
 
 
 def first(batches: Any, count: int) -> list[Any]:

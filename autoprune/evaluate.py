@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from autoprune.borrowing import first, seeded, to_device
+from autoprune.borrowing import fingerprint, first, seeded, to_device
 from autoprune.core import (
     Budget,
     Candidate,
@@ -41,10 +40,12 @@ from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, Teacher, check_healing, finetune, recalibrate
 from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
+
+LESSONS = 64 * 2**20  # bytes of the dense model's outputs that are kept for the next candidate's short fine-tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Scoring:
     images: int = 1000
     recalibration: int = 4
     recovery: Sequence[str] = HEALING
-    short: FineTune = FineTune(epochs=0.25, teach=0.0)
+    short: FineTune = FineTune(epochs=0.25)
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -92,6 +93,7 @@ class Evaluator:
         with seeded(seed):
             self.chunks = to_device(subset(task.search, scoring.images, seed), device)
             self.recalibration = to_device(first(task.train, scoring.recalibration), device)
+        self._teacher = Teacher(self.dense_model, remembered=LESSONS)
         self._dense: Scored | None = None
         self._known: dict[int, Candidate] = {}
         self._digests: dict[Candidate, str] = {}
@@ -128,7 +130,7 @@ class Evaluator:
             "task": self.task.name,
             "weights": weights_hash(self.task.model),
             "architecture": self.traced.fingerprint,
-            "data": _hash_tensors([self.chunks, self.recalibration]),
+            "data": fingerprint([self.chunks, self.recalibration]),
             "training batches": _count(self.task.train),
             "lr": self.task.lr,
             "metric": type(self.task.metric).__name__,
@@ -173,7 +175,7 @@ class Evaluator:
                     self.scoring.short,
                     loss=self.task.loss,
                     lr=self.task.lr,
-                    teacher=self.dense_model,
+                    teacher=self._teacher,
                 )
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
@@ -298,15 +300,6 @@ class Evaluator:
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
-
-
-def _hash_tensors(values: Any) -> str:
-    digest = hashlib.sha256()
-    for leaf in tree_leaves(values):
-        digest.update(
-            leaf.detach().cpu().contiguous().numpy().tobytes() if isinstance(leaf, Tensor) else repr(leaf).encode()
-        )
-    return digest.hexdigest()[:16]
 
 
 def _count(batches: Any) -> int | None:

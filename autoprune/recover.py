@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
-from autoprune.borrowing import arguments, to_device
+from autoprune.borrowing import arguments, fingerprint, to_device
 from autoprune.core import InputError, check_rules
 
 HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
@@ -77,6 +78,32 @@ class FineTune:
         check_rules("fine-tune", rules, vars(self))
 
 
+class Teacher:
+    """The dense model as a teacher: its outputs, without gradients.
+
+    What it says of a batch is remembered, up to so many bytes in all: computed once for many networks that are trained
+    on the same batches.
+    """
+
+    def __init__(self, model: nn.Module, *, remembered: int = 0) -> None:
+        self._model = copy.deepcopy(model).eval()
+        self._device = next(self._model.parameters()).device
+        self._said: dict[str, Any] = {}
+        self._room = remembered
+
+    def __call__(self, inputs: Any) -> Any:
+        batch = fingerprint(inputs) if self._said or self._room else ""
+        if batch in self._said:
+            return self._said[batch]
+        with torch.no_grad():
+            lesson = self._model(*arguments(inputs, self._device))
+        size = sum(leaf.nbytes for leaf in tree_leaves(lesson) if isinstance(leaf, Tensor))
+        if size <= self._room:
+            self._room -= size
+            self._said[batch] = lesson
+        return lesson
+
+
 def finetune(
     model: nn.Module,
     train: Iterable[Any],
@@ -84,7 +111,7 @@ def finetune(
     *,
     loss: Callable[[Any, Any], Tensor],
     lr: float,
-    teacher: nn.Module | None = None,
+    teacher: nn.Module | Teacher | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train `model` in place and leave it in evaluation mode. Draws come from the global generators: seed them.
@@ -107,17 +134,15 @@ def finetune(
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm))
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
-    wise = copy.deepcopy(teacher).eval() if teacher is not None and plan.teach > 0 else None
+    wise = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
     device = next(model.parameters()).device
     model.train()
     for step, (inputs, target) in enumerate(_endless(train), start=1):
         target = to_device(target, device)
         output = model(*arguments(inputs, device))
         value = loss(output, target)
-        if wise is not None:
-            with torch.no_grad():
-                lesson = wise(*arguments(inputs, device))
-            value = (1 - plan.teach) * value + plan.teach * _distance(output, lesson, plan.temperature)
+        if wise is not None and plan.teach > 0:
+            value = (1 - plan.teach) * value + plan.teach * _distance(output, wise(inputs), plan.temperature)
         if not torch.isfinite(value):
             raise FloatingPointError(f"the loss became {value.item()} at step {step} of the fine-tune")
         optimizer.zero_grad()

@@ -56,6 +56,7 @@ def played(
     world: World, evaluate: Any = None, start: Literal["dense", "allocation"] = "dense", **settings: Any
 ) -> tuple[NetAdapt, tuple[Trial, ...]]:
     """As in the paper where nothing else is said."""
+    settings = {"rule": "accuracy", **settings}
     strategy = NetAdapt(world.space, world.budgets, world.costs, start=start, **settings)
     return strategy, search(strategy, evaluate or world.evaluate, lambda trial: None)
 
@@ -143,7 +144,7 @@ def test_from_an_allocation_less_is_left_to_reduce() -> None:
     [
         ({"initial": 0.0}, "0 < initial < 1 must hold, got initial=0.0"),
         ({"decay": 1.1}, "0 < decay <= 1 must hold, got decay=1.1"),
-        ({"rule": "best"}, "rule must be accuracy or ratio, got rule=best"),
+        ({"rule": "best"}, "rule must be loss, accuracy or ratio, got rule=best"),
         ({"screen": -1}, "screen >= 0 must hold, got screen=-1"),
         ({"start": "warm"}, "start must be dense or allocation, got start=warm"),
         ({"start_at": 1.0}, "0 < start_at < 1 must hold, got start_at=1.0"),
@@ -194,6 +195,20 @@ def test_the_rules_choose_the_highest_score_and_the_least_loss_per_cost_saved() 
     winner = by_accuracy[accuracy.trace[0].winner]
     assert winner.score == 0.89
     assert winner.loss == min(t.loss for t in proposals if t.candidate.ratios != most)  # equal scores: the loss
+
+
+def test_the_rule_of_least_loss_does_not_ask_for_accuracy() -> None:
+    world = World(4, bias=0.0)
+
+    def score(candidate: Candidate) -> float:
+        return 0.5 + 0.4 * max(candidate.ratios)  # the deeper a cut the better, which the loss knows better
+
+    strategy, trials = played(world, scored(world, score), screen=0, rule="loss")
+    assert len(strategy.trace) > 1
+    for made in strategy.trace:
+        assert trials[made.winner].loss == min(trials[n].loss for n in made.proposals)
+    by_accuracy, others = played(world, scored(world, score), screen=0)
+    assert trials[strategy.trace[0].winner].loss < others[by_accuracy.trace[0].winner].loss
 
 
 def test_screening_fine_tunes_only_the_best_after_recalibration() -> None:

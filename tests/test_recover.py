@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from autoprune.borrowing import seeded
 from autoprune.core import InputError
-from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.recover import FineTune, Teacher, finetune, recalibrate
 
 
 def data(n: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -67,6 +67,27 @@ def test_a_teacher_changes_what_is_learnt_and_is_not_changed() -> None:
     alone, taught = trained(FineTune(epochs=1, teach=0.9)), trained(FineTune(epochs=1, teach=0.9), teacher=teacher)
     assert not torch.equal(alone.get_parameter("weight"), taught.get_parameter("weight"))
     assert all(torch.equal(before[k], v) for k, v in teacher.state_dict().items())
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        type(self).calls += 1
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize(("remembered", "calls"), [(0, 8), (2 * 16 * 2 * 4, 6), (10**6, 4)])
+def test_a_teacher_remembers_what_it_said_and_says_the_same(remembered: int, calls: int) -> None:
+    with seeded(9):
+        model = Counted(3, 2)
+    Counted.calls = 0
+    teacher = Teacher(model, remembered=remembered)
+    plan = FineTune(epochs=1, teach=0.9)
+    taught = [trained(plan, teacher=teacher), trained(plan, teacher=teacher)]
+    assert Counted.calls == calls  # of 4 batches a fine-tune, each answer 16 x 2 floats
+    fresh = trained(plan, teacher=model)
+    assert all(torch.equal(each.get_parameter("weight"), fresh.get_parameter("weight")) for each in taught)
 
 
 def test_a_diverging_fine_tune_says_so() -> None:

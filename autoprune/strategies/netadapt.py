@@ -7,8 +7,9 @@ briefly; the best becomes the winner, is measured, and the next round starts fro
 
 Deviations from the paper:
 - screen: only the `screen` proposals of best score before fine-tuning are fine-tuned (0: all, as in the paper).
-- rule="ratio": least loss of score per cost saved (Howard et al., MobileNetV3, ICCV 2019, section 4.2; the authors'
-  public code); "accuracy" is the paper's rule. Equal scores are told apart by the loss.
+- rule="loss": the winner is the proposal of least loss on the search images, which tells proposals apart where
+  accuracies differ by a few images; "accuracy" is the paper's rule, equal ones told apart by the loss; "ratio" the
+  least loss of score per cost saved (Howard et al., MobileNetV3, ICCV 2019, section 4.2; the authors' public code).
 - start="allocation": rounds begin a part of the way to the budget, at the exact allocation of a sensitivity sweep that
   loses least after its recovery. Allocations beyond the last winner, which cut several groups, are proposed beside the
   cuts of one: where kernels have few steps, one group alone overshoots a target or is cut to the bone.
@@ -35,7 +36,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from autoprune import sweep
-from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly
+from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly, within
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -104,7 +105,7 @@ class NetAdapt(Scripted):
         seed: int = 0,
         initial: float = 0.05,
         decay: float = 0.98,
-        rule: Literal["accuracy", "ratio"] = "accuracy",
+        rule: Literal["loss", "accuracy", "ratio"] = "loss",
         screen: int = 3,
         start: Literal["dense", "allocation"] = "allocation",
         start_at: float = 0.8,
@@ -247,6 +248,8 @@ class NetAdapt(Scripted):
 
         def badness(levels: Levels) -> tuple[float, float]:
             trial = trials[levels]
+            if self.rule == "loss":
+                return trial.loss, -trial.score
             if self.rule == "accuracy":
                 return -trial.score, trial.loss
             return (self._score - trial.score) / self._saved(levels), trial.loss
@@ -298,10 +301,7 @@ class NetAdapt(Scripted):
         """The allocation that loses least after its recovery, measured; None where all fail."""
         each = zip(self.budgets, self._dense, strict=True)
         targets = tuple(b.limit + (1 - self.start_at) * max(0.0, dense - b.limit) for b, dense in each)
-        starts = self._allocations(losses, targets)
-        with suppress(InfeasibleError):
-            starts.append(evenly(self.space, lambda levels: self._excess(levels, targets) <= 0, losses))
-        starts = list(dict.fromkeys(starts))
+        starts = list(dict.fromkeys(self._allocations(losses, targets)))
         about = {"round": 0}
         asked = [Candidate(ratios=self.space.ratios(n), recovery=self.recovery, about=about) for n in starts]
         trials = (yield asked) if asked else ()
@@ -317,17 +317,21 @@ class NetAdapt(Scripted):
         self, losses: Sequence[Floats], targets: Sequence[float], *, beyond: Levels | None = None
     ) -> list[Levels]:
         """Exact allocations that meet the targets and keep no unit that the levels `beyond` have lost: on the losses as
-        they are, and on those with a charge on squared ratios, which evens what is cut."""
+        they are, on those with a charge on squared ratios, which evens what is cut, and one ratio for all, widened."""
+        beyond = beyond or (0,) * len(self.space.groups)
         limits = []
         for budget, target, scale in zip(self.budgets, targets, self._scales(targets), strict=True):
             limits += [(form, target / scale) for form in self.costs[budget.cost].tables()]
         found = []
         with suppress(InfeasibleError):
             for weight in (0.0, *EVENNESS):
-                rows = charged(self.space, losses, weight)
-                for row, level in zip(rows, beyond or (), strict=False):
-                    row[:level] = math.inf
+                rows = within(charged(self.space, losses, weight), beyond, self._deepest())
                 found.append(allocate(rows, limits).levels)
+        with suppress(InfeasibleError):
+            even = evenly(self.space, lambda levels: self._excess(_deeper(levels, beyond), targets) <= 0, losses)
+            found.append(_deeper(even, beyond))
+            rows = within(charged(self.space, losses, EVENNESS[0]), beyond, found[-1])
+            found.append(allocate(rows, limits).levels)
         return found
 
     # --------------------------------------------------------------------------------------------------- what it costs
@@ -410,12 +414,16 @@ class NetAdapt(Scripted):
         return tuple(len(g.levels) - 1 for g in self.space.groups)
 
 
+def _deeper(levels: Levels, others: Levels) -> Levels:
+    return tuple(map(max, levels, others))
+
+
 def _check(initial: float, decay: float, *, rule: str, screen: int, start: str, start_at: float, attempts: int) -> None:
     """Raises InputError for the first setting that is out of its range."""
     rules = {
         "0 < initial < 1": 0 < initial < 1,
         "0 < decay <= 1": 0 < decay <= 1,
-        "rule must be accuracy or ratio": rule in ("accuracy", "ratio"),
+        "rule must be loss, accuracy or ratio": rule in ("loss", "accuracy", "ratio"),
         "screen >= 0": screen >= 0,
         "start must be dense or allocation": start in ("dense", "allocation"),
         "0 < start_at < 1": 0 < start_at < 1,

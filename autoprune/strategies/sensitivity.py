@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly
+from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly, within
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -225,9 +225,7 @@ class Sensitivity(Scripted):
         """One ratio for all groups, and what it leaves of the budgets spent on wider groups; the charge tells levels of
         the same loss apart."""
         levels = evenly(self.space, self._keeps, losses)
-        rows = charged(self.space, losses, EVENNESS[0])
-        for row, level in zip(rows, levels, strict=True):
-            row[level + 1 :] = math.inf
+        rows = within(charged(self.space, losses, EVENNESS[0]), (0,) * len(levels), levels)
         with suppress(InfeasibleError):
             if self._keeps(wider := self._allocated(rows)):  # a form may be linear elsewhere
                 return wider

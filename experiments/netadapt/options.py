@@ -22,13 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from records import append, rows
 
 FILE = Path(__file__).parent / "options.csv"
-SCORING = Scoring(short=FineTune(epochs=0.1, teach=0.0))
+SCORING = Scoring(short=FineTune(epochs=0.1))
 NETADAPT = {"_target_": "autoprune.strategies.netadapt.NetAdapt"}
 OPTIONS: dict[str, str | dict[str, Any]] = {
     "uniform": "uniform",
     "sensitivity": "sensitivity",
-    "the paper's way: start=dense, screen=0": {**NETADAPT, "start": "dense", "screen": 0},
+    "the paper's way: start=dense, screen=0, rule=accuracy": {
+        **NETADAPT,
+        "start": "dense",
+        "screen": 0,
+        "rule": "accuracy",
+    },
     "start=dense": {**NETADAPT, "start": "dense"},
+    "start=dense, rule=accuracy": {**NETADAPT, "start": "dense", "rule": "accuracy"},
     "start=dense, screen=1": {**NETADAPT, "start": "dense", "screen": 1},
     "start=dense, rule=ratio": {**NETADAPT, "start": "dense", "rule": "ratio"},
     "start=dense, larger steps early: initial=0.1 decay=0.9": {
