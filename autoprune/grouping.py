@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,43 +23,27 @@ ONE: Width = (1.0, {})
 
 def gather(model: nn.Module, recording: Recording, examples: int, refused: Mapping[str, str]) -> TracedModel:
     """Units with one signature of (tensor, dimension, positions) form a group; the rest is refused with its reason."""
-    units = recording.units
-    owned: dict[int, list[tuple[str, int, Labels]]] = defaultdict(list)
-    for (tensor, dim), labels in recording.slots.items():
-        roots = units.roots(labels)
-        order = np.argsort(roots, kind="stable")
-        found, starts = np.unique(roots[order], return_index=True)
-        for root, positions in zip(found.tolist(), np.split(order, starts[1:]), strict=True):
-            if root:
-                owned[root].append((tensor, dim, np.sort(positions)))
-    signatures: dict[tuple[tuple[str, int, int], ...], list[int]] = defaultdict(list)
-    for root, pieces in owned.items():
-        signatures[tuple((t, d, len(p)) for t, d, p in pieces)].append(root)
-
-    made_along = recording.out_dims
+    slots = [_Slot(t, d, *_owners(recording.units.roots(labels))) for (t, d), labels in recording.slots.items()]
     groups: list[Group] = []
     slices: list[tuple[Slice, ...]] = []
     refusals: list[Refusal] = []
-    group_of: dict[int, int] = {}
+    group_of = np.full(recording.units.count + 1, -1)
     named: Counter[str] = Counter()
-    for signature, unordered in signatures.items():
-        made_by = [t for t, d, _ in signature if made_along.get(t) == d]
-        base = owner((made_by or [signature[0][0]])[0])
+    for roots in _alike(slots, recording.units.count):
+        own = [slot for slot in slots if slot.owns(roots[0])]
+        made_by = [slot.tensor for slot in own if (slot.tensor, slot.dim) in recording.made]
+        base = owner((made_by or [own[0].tensor])[0])
         named[base] += 1
         name = base if named[base] == 1 else f"{base}#{named[base]}"  # a layer whose units fall into several groups
-        why = refused.get(name) or _why_whole(recording, unordered)
+        why = refused.get(name) or _why_whole(recording, roots.tolist())
         if why is None and not made_by:
             why = "no layer of the model makes these units"
         if why is not None:
             refusals.append(Refusal(name, why))
             continue
-        ordered = sorted(unordered, key=lambda root: owned[root][0][2].tolist())
-        for root in ordered:
-            group_of[root] = len(groups)
-        cuts = [
-            Slice(t, d, _role(t, d, made_along), np.stack([owned[root][i][2] for root in ordered]))
-            for i, (t, d, _) in enumerate(signature)
-        ]
+        ordered = roots[np.argsort(own[0].positions(roots)[:, 0], kind="stable")]
+        group_of[ordered] = len(groups)
+        cuts = [Slice(s.tensor, s.dim, _role(s.tensor, s.dim, recording.made), s.positions(ordered)) for s in own]
         slices.append(tuple(cuts))
         members = tuple(dict.fromkeys(owner(t) for t in made_by))
         groups.append(Group(name=name, size=len(ordered), levels=(0.0,), members=members))
@@ -79,10 +63,60 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
     return _with_costs(model, recording, examples, traced, group_of)
 
 
-def _role(tensor: str, dim: int, made_along: Mapping[str, int]) -> Literal["out", "in", "with"]:
-    if tensor not in made_along:
-        return "with"
-    return "out" if dim == made_along[tensor] else "in"
+@dataclass(frozen=True)
+class _Slot:
+    """A parameter's dimension: the units that own it, ascending [U], and the sorted positions of each."""
+
+    tensor: str
+    dim: int
+    units: Labels
+    starts: Labels
+    order: Labels
+
+    @property
+    def counts(self) -> Labels:
+        return np.diff(self.starts)
+
+    def owns(self, unit: int) -> bool:
+        at = int(np.searchsorted(self.units, unit))
+        return at < len(self.units) and self.units[at] == unit
+
+    def positions(self, units: Labels) -> Labels:
+        """Of units that own equally many, [U, P]."""
+        at = np.searchsorted(self.units, units)
+        return self.order[self.starts[at][:, None] + np.arange(self.counts[at[0]])]
+
+
+def _owners(roots: Labels) -> tuple[Labels, Labels, Labels]:
+    """The unit at each position -> the units, where each one's positions start in the last, and these, sorted."""
+    order = np.argsort(roots, kind="stable")
+    order = order[np.count_nonzero(roots == 0) :]
+    units, starts = np.unique(roots[order], return_index=True)
+    return units, np.append(starts, len(order)), order
+
+
+def _alike(slots: Sequence[_Slot], count: int) -> list[Labels]:
+    """Units that own equally many positions of the same slots, in the order in which the slots first show them."""
+    signature, last = np.zeros(count + 1, dtype=np.int64), 0  # of what was seen so far, a number for each
+    first = np.full(count + 1, len(slots))
+    for number, slot in enumerate(slots):
+        if len(slot.units) == 0:
+            continue
+        first[slot.units] = np.minimum(first[slot.units], number)
+        seen = signature[slot.units] * (slot.counts.max() + 1) + slot.counts
+        signature[slot.units] = last + 1 + np.unique(seen, return_inverse=True)[1]
+        last = int(signature[slot.units].max())
+    owning = np.flatnonzero(first < len(slots))
+    owning = owning[np.lexsort((owning, first[owning]))]
+    _, where, inverse = np.unique(signature[owning], return_index=True, return_inverse=True)
+    parts = np.split(owning[np.argsort(inverse, kind="stable")], np.cumsum(np.bincount(inverse))[:-1])
+    return [parts[i] for i in np.argsort(where)]
+
+
+def _role(tensor: str, dim: int, made: Collection[tuple[str, int]]) -> Literal["out", "in", "with"]:
+    if (tensor, dim) in made:
+        return "out"
+    return "in" if any(tensor == name for name, _ in made) else "with"
 
 
 def _why_whole(recording: Recording, roots: Sequence[int]) -> str | None:
@@ -98,7 +132,7 @@ def _why_whole(recording: Recording, roots: Sequence[int]) -> str | None:
 
 
 def _with_costs(
-    model: nn.Module, recording: Recording, examples: int, traced: TracedModel, group_of: Mapping[int, int]
+    model: nn.Module, recording: Recording, examples: int, traced: TracedModel, group_of: Labels
 ) -> TracedModel:
     """Fill in the layers of each group and the terms that give MACs, parameters and bytes by width."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
@@ -110,12 +144,13 @@ def _with_costs(
         sides = ([shares[tensor][d] for d in cut_dims] + [ONE, ONE])[:2]
         return Term(scale * rest, *sides)
 
+    sizes = np.array([g.size for g in traced.space.groups])
+
     def by_group(labels: Labels, counts: Labels) -> tuple[float, dict[int, float]]:
-        totals = Counter[int]()
-        for root, count in zip(recording.units.roots(labels).tolist(), counts.tolist(), strict=True):
-            totals[group_of.get(root, -1)] += count
-        sizes = traced.space.groups
-        return float(totals.pop(-1, 0)), {g: n / sizes[g].size for g, n in totals.items()}
+        owners = group_of[recording.units.roots(labels)] + 1
+        totals = np.bincount(owners, weights=counts, minlength=len(sizes) + 1)
+        found = np.flatnonzero(totals[1:])
+        return float(totals[0]), dict(zip(found.tolist(), (totals[1:][found] / sizes[found]).tolist(), strict=True))
 
     macs = [elements(c.weight, c.positions) for c in recording.contractions]
     macs += [Term(each / examples, by_group(*counted), ONE) for *counted, each in recording.elementwise]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.recording import Contraction, Recording, varies
+from autoprune.recording import Contraction, Recording, compact, varies
 from autoprune.units import Labels
 
 
@@ -22,8 +22,8 @@ def convolution(rec: Recording, func: Any, name: str, given: dict[str, Any], out
     if dims is None:
         rec.keep([x], f"aten.{name} with a weight computed from other tensors")
         return None
-    (source, _), (out_dim, in_dim) = rec.sources[weight], dims
-    rec.out_dims[source] = out_dim
+    source, (out_dim, in_dim) = rec.sources[weight][0], dims
+    rec.made.add((source, out_dim))
     channels = rec.channel_units(label, 1, f"aten.{name}")
     positions = (x if transposed else out).select(1, 0).numel() / rec.examples
     rec.contractions.append(
@@ -50,7 +50,7 @@ def convolution(rec: Recording, func: Any, name: str, given: dict[str, Any], out
         if groups > 1 and not transposed:
             produced = _produced_in_groups(rec, source, out_dim, out.shape[1], groups)
     _bias(rec, given.get("bias"), produced)
-    return torch.from_numpy(produced).view(1, -1, *[1] * (out.dim() - 2)).expand(out.shape).contiguous()
+    return torch.from_numpy(produced).view(1, -1, *[1] * (out.dim() - 2)).expand(out.shape)
 
 
 def _produced(rec: Recording, source: str, dim: int, count: int, repeats: int) -> Labels:
@@ -71,7 +71,7 @@ def _bias(rec: Recording, bias: Tensor | None, produced: Labels) -> None:
     if bias is None:
         return
     if bias in rec.sources:
-        source, index = rec.sources[bias]
+        source, index = rec.source(bias)
         rec.tie(source, index, torch.from_numpy(produced), "a bias")
     else:
         rec.units.keep_whole(produced, "a bias computed from other tensors")
@@ -89,10 +89,9 @@ def linear(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Ten
     x, weight = given["input"], given["weight"]
     transposed = weight.t()
     if weight in rec.sources:
-        source, index = rec.sources[weight]
-        rec.sources[transposed] = (source, index.t())
+        rec.sources[transposed] = _turned(rec, weight)
     flat = x.reshape(-1, x.shape[-1])
-    rec.labels[flat] = rec.label(x).reshape(flat.shape)
+    rec.labels[flat] = compact(rec.label(x).reshape(flat.shape))
     label = _matrix_product(rec, name, flat, transposed, given.get("bias"))
     return None if label is None else label.reshape(out.shape)
 
@@ -103,37 +102,45 @@ def _matrix_product(rec: Recording, name: str, x: Tensor, weight: Tensor, bias: 
         flipped = weight.t()
         rec.labels[flipped] = rec.label(weight).t()
         turned = x.t()
-        rec.sources[turned] = (rec.sources[x][0], rec.sources[x][1].t())
+        rec.sources[turned] = _turned(rec, x)
         label = _matrix_product(rec, name, flipped, turned, None)
-        return None if label is None else label.t().contiguous()
+        return None if label is None else label.t()
     dims = _weight_dims(rec, weight, (1, 0))
     if dims is None:
         rec.keep([x, weight], f"aten.{name} of two activations")
         return None
-    (source, _), (out_dim, in_dim) = rec.sources[weight], dims
-    rec.out_dims[source] = out_dim
+    source, (out_dim, in_dim) = rec.sources[weight][0], dims
+    rec.made.add((source, out_dim))
     label = rec.label(x)
     rec.contractions.append(Contraction(source, x.shape[0] / rec.examples, 1, 1, 1, 1))
     if varies(label, 0) and not varies(label, 1):  # the rows are units (a token mixer): they pass through
-        return label[:, :1].expand(-1, weight.shape[1]).contiguous()
+        return label[:, :1].expand(-1, weight.shape[1])
     ends = rec.channel_units(label, 1, f"aten.{name}")
     rec.own(source, in_dim, ends, f"aten.{name}")
     produced = _produced(rec, source, out_dim, weight.shape[1], 1)
     _bias(rec, bias, produced)
-    return torch.from_numpy(produced).expand(x.shape[0], -1).contiguous()
+    return torch.from_numpy(produced).expand(x.shape[0], -1)
+
+
+def _turned(rec: Recording, weight: Tensor) -> tuple[str, Any]:
+    """What a matrix shows of its parameter, transposed."""
+    order = rec.order(weight)
+    return rec.sources[weight][0], rec.source(weight)[1].t() if order is None else order[::-1]
 
 
 def _weight_dims(rec: Recording, weight: Tensor, dims: tuple[int, int]) -> tuple[int, int] | None:
     """Which dimensions of the parameter the weight's (output, input) dimensions are; None if it is no whole one."""
     if weight not in rec.sources:
         return None
-    source, index = rec.sources[weight]
+    if (order := rec.order(weight)) is not None:
+        return order[dims[0]], order[dims[1]]
+    source, index = rec.source(weight)
     shape = rec.shapes[source]
     if index.numel() != int(np.prod(shape)):
         return None
     found = []
     for dim in dims:
-        line = index.movedim(dim, 0).reshape(index.shape[dim], -1)[:, 0].numpy()
+        line = index[tuple(slice(None) if d == dim else 0 for d in range(index.dim()))].numpy()
         moving = [d for d, c in enumerate(np.unravel_index(line, shape)) if len(np.unique(c)) > 1]
         alike = [d for d in range(len(shape)) if shape[d] == index.shape[dim] and d not in found]
         match = moving if index.shape[dim] > 1 else alike[:1]

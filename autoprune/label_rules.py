@@ -6,34 +6,36 @@ tensor or a list where the output is several; None stands for no labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.recording import Recording, shrunk, tensors, varies
+from autoprune.recording import Recording, compact, shrunk, small, tensors, varies
+from autoprune.units import Labels
 
 
 def layout(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Any:
     """Apply the operation itself to the labels; dtype, device and memory format are not theirs."""
     rest = {k: v for k, v in given.items() if k not in ("self", "dtype", "device", "memory_format", "layout")}
     if name in ("_to_copy", "contiguous", "lift_fresh", "clone"):
-        return rec.label(given["self"]).clone()
+        return rec.label(given["self"])
     return func(rec.label(given["self"]), **{k: v for k, v in rest.items() if k != "non_blocking"})
 
 
 def alike(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Tensor:
-    return rec.label(given["self"]).clone()
+    return rec.label(given["self"])
 
 
 def reshape(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
     label = rec.label(given["self"])
+    shaped = label.reshape(out.shape)
     for before, after in _blocks(tuple(label.shape), tuple(out.shape)):
         if len([d for d in after if out.shape[d] > 1]) > 1 and not _same_sizes(label, before, out, after):
-            _split_block(rec, f"aten.{name}", label.reshape(out.shape), after)
-    return label.reshape(out.shape)
+            _split_block(rec, f"aten.{name}", shaped, after)
+    return shaped if label.numel() and shaped.data_ptr() == label.data_ptr() else compact(shaped)
 
 
 def as_strided(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
@@ -50,7 +52,7 @@ def _split_block(rec: Recording, operation: str, label: Tensor, dims: list[int])
     one whole slices are units. Readings: each dimension in turn, those that leave most units first."""
     if not any(varies(label, d) for d in dims):
         return
-    flat = label.movedim(dims, tuple(range(len(dims))))
+    flat = small(label, *dims).movedim(dims, tuple(range(len(dims))))
     options = []
     for j, d in enumerate(dims):
         if label.shape[d] > 1:
@@ -59,9 +61,9 @@ def _split_block(rec: Recording, operation: str, label: Tensor, dims: list[int])
             options.append((rec.units.merges(rows_np[:, :1], rows_np), d, rows_np))
     options.sort(key=lambda option: option[:2])
     sizes = tuple(label.shape[d] for d in dims)
-    chosen = rec.site(label.numpy(), len(options) + 1, sizes)
+    chosen = rec.site(label, len(options) + 1, sizes)
     if chosen == len(options):
-        rec.units.keep_whole(label.numpy(), operation)
+        rec.keep_label(label, operation)
     elif options[chosen][0]:
         rec.units.unite_within(options[chosen][2], operation)
 
@@ -71,15 +73,28 @@ def cat(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor
     dim = given.get("dim", 0) % out.dim()
     across = [p for p in parts if any(varies(p, d) for d in range(p.dim()) if d != dim)]
     for part in parts[1:] if across else []:
-        rec.units.unite(parts[0].select(dim, 0).numpy(), part.select(dim, 0).numpy(), f"aten.{name}")
-    return torch.cat(parts, dim)
+        rec.units.unite(*_pair(parts[0].select(dim, 0), part.select(dim, 0)), f"aten.{name}")
+    return _joined(parts, lambda few: torch.cat(few, dim), dim)
 
 
 def stack(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
     parts = [rec.label(t) for t in given["tensors"]]
     for part in parts[1:]:
-        rec.units.unite(parts[0].numpy(), part.numpy(), f"aten.{name}")
-    return torch.stack(parts, given.get("dim", 0))
+        rec.units.unite(*_pair(parts[0], part), f"aten.{name}")
+    return torch.stack([part.contiguous() for part in parts], given.get("dim", 0))
+
+
+def _pair(left: Tensor, right: Tensor) -> tuple[Labels, Labels]:
+    """Two labels of one shape, without the dimensions that neither differs along."""
+    here = [d for d in range(left.dim()) if left.stride(d) or right.stride(d)]
+    return shrunk(left, here).numpy(), shrunk(right, here).numpy()
+
+
+def _joined(parts: Sequence[Tensor], join: Callable[[list[Tensor]], Tensor], dim: int) -> Tensor:
+    """What joins labels along a dimension, done on what is left without the dimensions that none differs along."""
+    here = [d for d in range(parts[0].dim()) if d == dim or any(part.stride(d) for part in parts)]
+    few = join([shrunk(part, here) for part in parts])
+    return few.expand([few.shape[d] if d in here else n for d, n in enumerate(parts[0].shape)])
 
 
 def constant_pad_nd(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
@@ -89,8 +104,8 @@ def constant_pad_nd(rec: Recording, func: Any, name: str, given: dict[str, Any],
     for i in range(len(pad) // 2):
         d = label.dim() - 1 - i
         if (pad[2 * i] or pad[2 * i + 1]) and not varies(label, d):
-            whole = whole.amax(d, keepdim=True).expand(whole.shape).contiguous()
-    return whole
+            whole = whole.amax(d, keepdim=True).expand(whole.shape)
+    return compact(whole)
 
 
 def split(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Any:
@@ -109,7 +124,7 @@ def slice_(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Ten
         if step == 1:
             _parts(rec, f"aten.{name}", label, dim, size, even)
         else:
-            rec.units.keep_whole(label.numpy(), f"aten.{name} with a step")
+            rec.keep_label(label, f"aten.{name} with a step")
     return func(label, **{k: v for k, v in given.items() if k != "self"})
 
 
@@ -118,9 +133,9 @@ def _parts(rec: Recording, operation: str, label: Tensor, dim: int, size: int, e
     even: position i of every part is one unit. Otherwise each part is free."""
     if not varies(label, dim):
         return
-    chosen = rec.site(label.numpy(), 3 if even else 2, (size,))
+    chosen = rec.site(label, 3 if even else 2, (size,))
     if chosen == (2 if even else 1):
-        rec.units.keep_whole(label.numpy(), operation)
+        rec.keep_label(label, operation)
     elif even and chosen == 0:
         rec.unite_modulo(label, dim, size, operation)
 
@@ -128,14 +143,14 @@ def _parts(rec: Recording, operation: str, label: Tensor, dim: int, size: int, e
 def select(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
     label = rec.label(given["self"])
     if varies(label, given["dim"]):
-        rec.units.keep_whole(label.numpy(), f"aten.{name} of one unit by its number")
+        rec.keep_label(label, f"aten.{name} of one unit by its number")
     return label.select(given["dim"], given["index"])
 
 
 def roll(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Any:
     label = rec.label(given["self"])
     if any(varies(label, d) for d in given.get("dims") or range(label.dim())):
-        rec.units.keep_whole(label.numpy(), f"aten.{name} over units")
+        rec.keep_label(label, f"aten.{name} over units")
     return func(label, **{k: v for k, v in given.items() if k != "self"})
 
 
@@ -143,19 +158,19 @@ def pixel_shuffle(rec: Recording, func: Any, name: str, given: dict[str, Any], o
     label, factor = rec.label(given["self"]), given["upscale_factor"]
     blocks = label.movedim(-3, 0).reshape(-1, factor**2, int(label[..., 0, :, :].numel()))
     rec.units.unite_within(blocks.permute(0, 2, 1).reshape(-1, factor**2).numpy(), f"aten.{name}")
-    return torch.pixel_shuffle(label, factor)
+    return compact(torch.pixel_shuffle(label, factor))
 
 
 def channel_shuffle(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
     label = rec.label(given["self"])
     rec.unite_modulo(label, 1, label.shape[1] // given["groups"], f"aten.{name}")
-    return torch.channel_shuffle(label, given["groups"])
+    return compact(torch.channel_shuffle(label.contiguous(), given["groups"]))
 
 
 def glu(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
     label, dim = rec.label(given["self"]), given.get("dim", -1)
     rec.unite_modulo(label, dim % label.dim(), out.shape[dim], f"aten.{name}")
-    return label.narrow(dim, 0, out.shape[dim]).clone()
+    return label.narrow(dim, 0, out.shape[dim])
 
 
 def copy(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
@@ -180,14 +195,14 @@ def pointwise(rec: Recording, func: Any, name: str, given: dict[str, Any], out: 
         if any(own[d] > 1 for d in varying):
             alone = met[(label == 0) & (met != 0)]
             rec.units.keep_whole(alone.numpy(), f"aten.{name} with a tensor whose size cannot change")
-    met = met.expand(shape).contiguous()
-    if not met.any():
+    few, met = met, met.expand(shape)
+    if not few.any():
         return met
     for operand in operands:
         if operand in rec.computed and operand.numel() > 1:
-            rec.units.keep_whole(met.numpy(), f"aten.{name} with a tensor computed from parameters")
+            rec.keep_label(met, f"aten.{name} with a tensor computed from parameters")
         elif operand in rec.sources and operand.numel() > 1:
-            source, index = rec.sources[operand]
+            source, index = rec.source(operand)
             rec.tie(source, index.expand(shape), met, f"aten.{name}")
     return met
 
@@ -197,29 +212,29 @@ def batch_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out:
     channels = rec.channel_units(label, 1, f"aten.{name}")
     for tensor in (given.get(k) for k in ("weight", "bias", "running_mean", "running_var")):
         if isinstance(tensor, Tensor) and tensor in rec.sources:
-            source, index = rec.sources[tensor]
+            source, index = rec.source(tensor)
             rec.tie(source, index, torch.from_numpy(channels), f"aten.{name}")
         elif isinstance(tensor, Tensor):
             rec.units.keep_whole(channels, f"aten.{name} with a computed parameter")
     training = bool(given.get("training", given.get("use_input_stats", False)))
     affine = isinstance(given.get("weight"), Tensor)
     rec.count(label, (4 if training else 1) + affine)
-    return [label.clone()]
+    return [label]
 
 
 def layer_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["input"])
     if any(varies(label, -1 - i) for i in range(len(given["normalized_shape"]))):
-        rec.units.keep_whole(label.numpy(), f"aten.{name}, which mixes the units")
+        rec.keep_label(label, f"aten.{name}, which mixes the units")
     rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
-    return [label.clone()]
+    return [label]
 
 
 def native_group_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["input"])
-    rec.units.keep_whole(label.numpy(), f"aten.{name}, which mixes the units")
+    rec.keep_label(label, f"aten.{name}, which mixes the units")
     rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
-    return [label.clone()]
+    return [label]
 
 
 def reduce(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
@@ -235,7 +250,7 @@ def reduce(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any
 def along(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["self"])
     rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
-    return [label.clone() for _ in tensors(out)]
+    return [label for _ in tensors(out)]
 
 
 def spatial(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
@@ -245,7 +260,7 @@ def spatial(rec: Recording, func: Any, name: str, given: dict[str, Any], out: An
     if "adaptive_avg" in name:
         rec.count(label, 1)
     label = rec.unite_along(label, list(range(label.dim() - count, label.dim())), f"aten.{name}")
-    parts = [label.expand(part.shape).contiguous() for part in tensors(out)]
+    parts = [label.expand(part.shape) for part in tensors(out)]
     if name.startswith("upsample_"):
         rec.count(parts[0], 4 if "bilinear" in name else 1)
     return parts

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -80,7 +81,8 @@ def _check(
         try:
             with torch.no_grad():
                 smaller = tree_leaves(traced.cut(probe, kept)(*arguments(examples)))
-                larger = tree_leaves(_masked(probe, traced, kept)(*arguments(examples)))
+                with _masked(probe, traced, kept):
+                    larger = tree_leaves(probe(*arguments(examples)))
         except Exception as error:  # noqa: BLE001, the model is foreign code
             return f"the cut model does not run: {_first_line(error)}"
         for a, b in zip(smaller, larger, strict=True):
@@ -94,17 +96,22 @@ def _check(
     return None
 
 
-def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> nn.Module:
-    """The model at full size with every parameter slice of the removed units set to zero."""
-    masked = copy.deepcopy(model)
-    tensors = dict(tensors_of(masked))
-    for group, pieces, units in zip(traced.space.groups, traced.slices, kept, strict=True):
-        gone = np.setdiff1d(np.arange(group.size), units)
-        for piece in pieces if len(gone) else ():
-            index = torch.from_numpy(piece.positions[gone].ravel())
-            with torch.no_grad():
-                tensors[piece.tensor].index_fill_(piece.dim, index, 0.0)
-    return masked
+@contextmanager
+def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> Iterator[None]:
+    """Inside, every parameter slice of the removed units is zero; afterwards it is back."""
+    tensors = dict(tensors_of(model))
+    gone = {(tensor, dim): where for tensor, dims in traced.removed(kept).items() for dim, where in dims.items()}
+    earlier = []
+    with torch.no_grad():
+        for (name, dim), positions in gone.items():
+            index = torch.from_numpy(positions)
+            earlier.append((tensors[name], dim, index, tensors[name].index_select(dim, index)))
+            tensors[name].index_fill_(dim, index, 0.0)
+        try:
+            yield
+        finally:
+            for tensor, dim, index, values in reversed(earlier):
+                tensor.index_copy_(dim, index, values)
 
 
 def _link_attributes(probe: nn.Module, recording: Recording, traced: TracedModel, group: int) -> TracedModel | None:

@@ -48,7 +48,8 @@ class Recording:
 
     slots: for a parameter's dimension, the label of each position. elementwise: labels, how many elements carry each,
     and how often fvcore counts each. storages: labels, elements and element size of each tensor made; lifetimes: in
-    order, which of them was born (True) or died. sites: see Site. depthwise: weights of depthwise convolutions.
+    order, which of them was born (True) or died. sites: see Site. depthwise: weights of depthwise convolutions. made:
+    parameters and the dimension along which an operation makes units with them.
     """
 
     def __init__(self, model: nn.Module, examples: int, readings: Mapping[int, int]) -> None:
@@ -61,18 +62,30 @@ class Recording:
         self.lifetimes: list[tuple[bool, int]] = []
         self.sites: list[Site] = []
         self.depthwise: set[str] = set()
-        self.out_dims: dict[str, int] = {}  # of each weight that was contracted with
+        self.made: set[tuple[str, int]] = set()
         self.stack: list[str] = []  # names of the modules that are running
         self.labels = WeakTensorKeyDictionary()
-        self.sources = (
-            WeakTensorKeyDictionary()
-        )  # a parameter or a view of one -> (its name, flat index of each element)
+        self.sources = WeakTensorKeyDictionary()  # a parameter or a view of one -> see `source`
         self.computed = WeakTensorKeyDictionary()  # tensors computed from parameters alone
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if tensor not in self.sources:
                 self.shapes[name] = tuple(tensor.shape)
-                self.sources[tensor] = (name, torch.arange(tensor.numel()).view(tensor.shape))
+                self.sources[tensor] = (name, tuple(range(tensor.dim())))
+
+    def source(self, tensor: Tensor) -> tuple[str, Tensor]:
+        """The parameter that this one is or shows, by name, and the flat index in it of each element."""
+        name, index = self.sources[tensor]
+        if isinstance(index, tuple):  # the whole parameter, its dimensions in this order
+            shape = self.shapes[name]
+            index = torch.arange(tensor.numel(), dtype=torch.int32).view(shape).permute(index)
+            self.sources[tensor] = (name, index)
+        return name, index
+
+    def order(self, tensor: Tensor) -> tuple[int, ...] | None:
+        """Which dimensions of its parameter this one's are, where it is the whole of one as it was made."""
+        index = self.sources[tensor][1]
+        return index if isinstance(index, tuple) else None
 
     def label(self, tensor: Tensor) -> Tensor:
         """The label tensor of an activation, zeros if it was never seen."""
@@ -83,18 +96,23 @@ class Recording:
     def keep(self, tensors: Sequence[Tensor], reason: str) -> None:
         for tensor in tensors:
             if tensor not in self.sources and tensor not in self.computed:
-                self.units.keep_whole(self.label(tensor).numpy(), reason)
+                self.keep_label(self.label(tensor), reason)
 
-    def site(self, labels: Labels, readings: int, sizes: Sequence[int]) -> int:
+    def keep_label(self, label: Tensor, reason: str) -> None:
+        self.units.keep_whole(small(label).numpy(), reason)
+
+    def site(self, labels: Tensor, readings: int, sizes: Sequence[int]) -> int:
         """The reading to take here. The last of a site's readings is always "keep these units whole"."""
         ordinal = len(self.sites)
-        found = Site(np.unique(labels), readings, tuple(self.stack), tuple(sizes))
+        found = Site(np.unique(small(labels).numpy()), readings, tuple(self.stack), tuple(sizes))
         self.sites.append(found)
         return min(self.readings.get(ordinal, 0), readings - 1)
 
     def tie(self, source: str, index: Tensor, label: Tensor, operation: str) -> None:
         """A parameter meets labels elementwise: its dimension along which the labels differ belongs to them."""
         shape = self.shapes[source]
+        here = [d for d in range(index.dim()) if index.stride(d) or varies(label, d)]
+        index, label = shrunk(index, here), shrunk(label, here)
         coordinates = np.unravel_index(index.numpy().ravel(), shape)
         labels = label.numpy().ravel()
         sizes = [d for d in range(len(shape)) if shape[d] > 1]
@@ -117,10 +135,11 @@ class Recording:
 
     def channel_units(self, label: Tensor, dim: int, operation: str) -> Labels:
         """One label for each slice along `dim` [C]; all units that meet in one slice are united."""
-        rows = label.movedim(dim, 0).reshape(label.shape[dim], -1).numpy()
+        rows = small(label, dim).movedim(dim, 0).reshape(label.shape[dim], -1).numpy()
         return self.units.unite_within(rows, operation)
 
     def unite_modulo(self, label: Tensor, dim: int, size: int, operation: str) -> None:
+        label = small(label, dim)
         first = label.narrow(dim, 0, size).numpy()
         for part in label.split(size, dim)[1:]:
             self.units.unite(first, part.numpy(), operation)
@@ -129,11 +148,14 @@ class Recording:
         """Units that meet when `dims` are mixed become one; returns the label with those dims of size 1."""
         rest = [d for d in range(label.dim()) if d not in dims]
         if any(varies(label, d) for d in dims):
-            rows = label.permute([*rest, *dims]).reshape(int(np.prod([label.shape[d] for d in rest])), -1)
+            few = small(label)
+            rows = few.permute([*rest, *dims]).reshape(int(np.prod([few.shape[d] for d in rest])), -1)
             self.units.unite_within(rows.numpy(), operation)
+        sizes = [1 if d in dims else n for d, n in enumerate(label.shape)]
+        few = small(label)
         for d in dims:
-            label = label.amax(d, keepdim=True)
-        return label
+            few = few.amax(d, keepdim=True)
+        return few.expand(sizes)
 
     def count(self, label: Tensor, each: float) -> None:
         """Operations that fvcore counts so many times an element."""
@@ -147,9 +169,21 @@ def tensors(values: Any) -> list[Tensor]:
 
 def varies(label: Tensor, dim: int) -> bool:
     """Whether the labels differ along this dimension."""
-    if label.numel() == 0 or label.shape[dim] < 2:
+    if label.numel() == 0 or label.shape[dim] < 2 or label.stride(dim) == 0:
         return False
+    label = small(label)
     return bool((label != label.narrow(dim, 0, 1)).any())
+
+
+def small(label: Tensor, *but: int) -> Tensor:
+    """The label with each dimension that is expanded, so that nothing differs along it, cut to size 1, but for some."""
+    but = tuple(d % label.dim() for d in but)
+    return shrunk(label, [d for d in range(label.dim()) if label.stride(d) or d in but])
+
+
+def compact(label: Tensor) -> Tensor:
+    """The same label, expanded along every dimension that nothing differs along."""
+    return shrunk(label, [d for d in range(label.dim()) if varies(label, d)]).expand(label.shape)
 
 
 def shrunk(label: Tensor, varying: Sequence[int]) -> Tensor:

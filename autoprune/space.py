@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from autoprune.borrowing import arguments, seeded
 from autoprune.core import InputError
 from autoprune.grouping import gather, labels_of
+from autoprune.keywords import positional
 from autoprune.proof import deepest, failing, in_double, randomise
 from autoprune.recording import Recording
 from autoprune.traced import TracedModel
@@ -29,14 +31,15 @@ MAX_ATTEMPTS = 12
 
 def trace(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     levels: int = 16,
     round_to: int = 1,
     max_ratio: float = 0.9,
     seed: int = 0,
 ) -> TracedModel:
-    """The pruning space of a model called as model(*inputs), each group proven. The model is not touched.
+    """The pruning space of a model called as model(*inputs), or as model(**inputs) where they have names, each group
+    proven. The model is not touched.
 
     levels: at most so many ratios a group, 0.0 included. round_to: widths kept are multiples of it (groups narrower
     than twice that are left in steps of one). max_ratio: no group loses more than this fraction.
@@ -48,6 +51,8 @@ def trace(
         raise InputError(
             f"space: levels must be >= 2, round_to >= 1 and 0 < max_ratio < 1, got {levels}, {round_to}, {max_ratio}"
         )
+    if isinstance(inputs, Mapping):
+        model, inputs = positional(model, tuple(inputs)), tuple(inputs.values())
     inputs = tuple(x[:2].to("cpu") for x in inputs)
     with seeded(seed):
         probe = _probe(model, inputs)

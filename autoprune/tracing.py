@@ -72,6 +72,7 @@ FAMILIES: tuple[tuple[frozenset[str], Rule], ...] = (
     ),
 )
 SPATIAL = ("max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "reflection_pad", "replication_pad")
+TURNS = frozenset("t transpose permute detach alias".split())
 OF_PARAMETERS = RESHAPE | LAYOUT | {"select", "slice", "split", "split_with_sizes"}
 
 
@@ -93,7 +94,7 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[int, 
         for handle in handles:
             handle.remove()
     for output in tensors(outputs):
-        recording.units.keep_whole(recording.label(output).numpy(), "it is the model's output")
+        recording.keep_label(recording.label(output), "it is the model's output")
     return recording
 
 
@@ -144,8 +145,15 @@ class _Tracer(TorchDispatchMode):
         """A view of a parameter is still that parameter; anything else is a tensor computed from parameters."""
         rec = self.recording
         if name in OF_PARAMETERS and given.get("self") in rec.sources:
-            source, index = rec.sources[given["self"]]
             rest = {k: v for k, v in given.items() if k != "self"}
+            if name in TURNS and (order := rec.order(given["self"])) is not None:
+                told_apart = torch.empty([2 + d for d in range(len(order))], device="meta")
+                rec.sources[out] = (
+                    rec.sources[given["self"]][0],
+                    tuple(order[n - 2] for n in func(told_apart, **rest).shape),
+                )
+                return
+            source, index = rec.source(given["self"])
             for tensor, part in zip(tensors(out), tensors(func(index, **rest)), strict=True):
                 rec.sources[tensor] = (source, part)
         else:
@@ -158,8 +166,9 @@ class _Tracer(TorchDispatchMode):
             label = given[i] if i < len(given) else None
             if label is None or tuple(label.shape) != tuple(tensor.shape):
                 label = torch.zeros(tensor.shape, dtype=torch.int64)
-            if in_place:
-                self.recording.label(tensor).copy_(label)
+            known = self.recording.label(tensor) if in_place else label
+            if in_place and all(known.stride(d) or n < 2 for d, n in enumerate(known.shape)):
+                known.copy_(label)  # so that what this is a view of sees it too
             else:
                 self.recording.labels[tensor] = label
 

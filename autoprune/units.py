@@ -18,12 +18,19 @@ class Units:
         self._parent: list[int] = [0]
         self._kept_whole: dict[int, str] = {}
         self._united_by: dict[int, str] = {}
+        self._resolved: Labels | None = None  # the root of every label, until something is united
 
     def fresh(self, count: int) -> Labels:
         """`count` new labels."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
+        self._resolved = None
         return np.arange(first, first + count, dtype=np.int64)
+
+    @property
+    def count(self) -> int:
+        """How many labels were handed out."""
+        return len(self._parent) - 1
 
     def find(self, label: int) -> int:
         parent = self._parent
@@ -36,10 +43,12 @@ class Units:
 
     def roots(self, labels: Labels) -> Labels:
         """The representative of each label, shape kept; 0 stays 0."""
-        parent = np.asarray(self._parent, dtype=np.int64)
-        while not np.array_equal(parent, jumped := parent[parent]):
-            parent = jumped
-        return parent[labels]
+        if self._resolved is None:
+            parent = np.asarray(self._parent, dtype=np.int64)
+            while not np.array_equal(parent, jumped := parent[parent]):
+                parent = jumped
+            self._resolved = parent
+        return np.asarray(self._resolved[labels])
 
     def unite(self, left: Labels, right: Labels, by: str = "") -> None:
         """Unite left[i] with right[i]; where only one of the two is a unit, that unit is kept whole."""
@@ -87,6 +96,7 @@ class Units:
             return
         low, high = min(a, b), max(a, b)
         self._parent[high] = low
+        self._resolved = None
         for notes in (self._kept_whole, self._united_by):
             if high in notes:
                 notes.setdefault(low, notes.pop(high))
