@@ -311,7 +311,8 @@ def _relative_nnls(design: Floats, target: Floats, size: Floats | None = None, r
 
 def stair_levels(cost: FittedCost, space: PruningSpace, most: int, round_to: int = 1) -> dict[str, tuple[float, ...]]:
     """Levels for each group that the cost makes worth having: a width is one if every wider width costs clearly more,
-    in the dense network or in one of half its widths. Where more than `most` are, those whose costs are evenly spread.
+    in the dense network or in one of half its widths. Where more than `most` are, multiples of the least block that
+    leaves room for all of them, and others between those whose costs lie furthest apart.
 
     A group that the cost does not depend on keeps its levels.
     """
@@ -354,11 +355,18 @@ def _steps(cost: FittedCost, context: Sequence[int], index: int, group: Group, r
 
 
 def _spread(worth: Mapping[int, float], most: int) -> list[int]:
-    """At most so many of the widths, descending, the full one first, costs evenly spread."""
+    """At most so many of the widths (but two), descending, the full one and the deepest among them."""
     widths = sorted(worth, reverse=True)
     if len(widths) <= most:
         return widths
-    costs = np.array([worth[w] for w in widths])
-    wanted = np.linspace(costs[0], costs[-1], most)
-    nearest = {int(np.abs(costs - target).argmin()) for target in wanted}
-    return [widths[i] for i in sorted(nearest | {0, len(widths) - 1})]
+    ends = {widths[0], widths[-1]}
+    rounds = (ends | {w for w in widths if w % 2**power == 0} for power in range(2, 64))
+    kept = next(chosen for chosen in rounds if len(chosen) <= max(most, 2))
+    while len(kept) < most:
+        costs = np.sort([worth[w] for w in kept])
+        left = [w for w in widths if w not in kept]
+        above = np.searchsorted(costs, [worth[w] for w in left]).clip(1, len(costs) - 1)
+        gaps = costs[above] - costs[above - 1]  # that each width lies in
+        middle = (costs[above] + costs[above - 1]) / 2
+        kept.add(min(zip(-gaps, np.abs([worth[w] for w in left] - middle), left, strict=True))[2])
+    return sorted(kept, reverse=True)
