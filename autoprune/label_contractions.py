@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.recording import Contraction, Recording, compact, varies
+from autoprune.recording import Contraction, Recording, compact, small, tensors, varies
 from autoprune.units import Labels
 
 
@@ -120,6 +120,70 @@ def _matrix_product(rec: Recording, name: str, x: Tensor, weight: Tensor, bias: 
     produced = _produced(rec, source, out_dim, weight.shape[1], 1)
     _bias(rec, bias, produced)
     return torch.from_numpy(produced).expand(x.shape[0], -1)
+
+
+def bmm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    """[B, M, K] x [B, K, N] of two activations, or of one and a parameter without units."""
+    x, y = given["self"], given["mat2"]
+    if any(t in rec.sources or t in rec.computed for t in (x, y)):
+        rec.keep([x, y], f"aten.{name} with a parameter")
+        return None
+    left, right = rec.label(x), rec.label(y)
+    rec.count(left, right.shape[2]) if varies(left, 2) else rec.count(right, left.shape[1])
+    left, right = _contracted(rec, left, right, f"aten.{name}")
+    return rec.meet([left, right], tuple(out.shape), f"aten.{name}")
+
+
+def baddbmm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    label = bmm(rec, func, name, {"self": given["batch1"], "mat2": given["batch2"]}, out)
+    rec.keep([given["self"]], f"aten.{name}")
+    return label
+
+
+def _contracted(rec: Recording, left: Tensor, right: Tensor, operation: str) -> tuple[Tensor, Tensor]:
+    """Labels [B, M, K] and [B, K, N] of two factors -> [B, M, 1] and [B, 1, N]: what differs along K goes from both,
+    and what is united so has no say in the product."""
+    if not varies(left, 2) and not varies(right, 1):
+        return left[:, :, :1], right[:, :1]
+    ends = rec.unite_along(left, [1], operation).transpose(1, 2), rec.unite_along(right, [2], operation)
+    rec.meet(ends, tuple(ends[0].shape), operation)
+    return torch.zeros_like(left[:, :1, :1]), torch.zeros_like(right[:, :1, :1])
+
+
+def attention(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
+    """Scaled dot-product attention of [B, H, T, D]: a dimension of the queries goes with that of the keys, and a head
+    with all it has in all three."""
+    operation, mask = f"aten.{name}", given.get("attn_mask", given.get("attn_bias"))
+    query, key, value = (rec.label(given[k]) for k in ("query", "key", "value"))
+    heads = query.shape[1]
+    key, value = (
+        rec.unite_along(label, [2], operation).repeat_interleave(heads // label.shape[1], 1) for label in (key, value)
+    )
+    asked = rec.meet([rec.unite_along(query, [2], operation), key], tuple(key.shape), operation)
+    whole = rec.unite_along(asked, [3], operation) if varies(asked, 1) else torch.zeros_like(asked[..., :1])
+    if given.get("scale") is None and varies(asked, 3):  # which is the root of this dimension then
+        asked = rec.unite_along(asked, [3], operation)
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[1] > 1:
+        rec.meet_parameter(mask, whole.expand(-1, -1, *mask.shape[2:]), operation)
+        if mask not in rec.sources and mask not in rec.computed:
+            rec.meet([whole, rec.unite_along(rec.label(mask), [2, 3], operation)], tuple(whole.shape), operation)
+    if small(whole).any():
+        value = rec.meet([value, whole.expand(value.shape)], tuple(value.shape), operation)
+    first = tensors(out)[0]
+    rec.count(query, given["key"].shape[2])
+    rec.count(rec.label(given["value"]), query.shape[2])
+    return [value.expand(first.shape)]
+
+
+def embedding(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:
+    """Rows of a table: its columns are units."""
+    weight = given["weight"]
+    rec.keep([given["indices"]], f"aten.{name} of units")
+    if weight not in rec.sources or rec.order(weight) != (0, 1):
+        return None
+    source = rec.sources[weight][0]
+    rec.made.add((source, 1))
+    return torch.from_numpy(_produced(rec, source, 1, weight.shape[1], 1)).expand(out.shape)
 
 
 def _turned(rec: Recording, weight: Tensor) -> tuple[str, Any]:

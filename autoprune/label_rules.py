@@ -35,6 +35,7 @@ def reshape(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Te
     for before, after in _blocks(tuple(label.shape), tuple(out.shape)):
         if len([d for d in after if out.shape[d] > 1]) > 1 and not _same_sizes(label, before, out, after):
             _split_block(rec, f"aten.{name}", shaped, after)
+            shaped = rec.resolved(shaped)
     return shaped if label.numel() and shaped.data_ptr() == label.data_ptr() else compact(shaped)
 
 
@@ -181,29 +182,9 @@ def pointwise(rec: Recording, func: Any, name: str, given: dict[str, Any], out: 
     shape = tuple(tensors(out)[0].shape)
     operands = [t for t in tensors(list(given.values())) if t.dim() <= len(shape)]
     active = [rec.label(t) for t in operands if t not in rec.sources and t not in rec.computed]
-    labels = [label.expand(shape) for label in active]
-    varying = [d for d in range(len(shape)) if any(varies(label, d) for label in labels)]
-    labels = [shrunk(label, varying) for label in labels]
-    met = torch.zeros([n if d in varying else 1 for d, n in enumerate(shape)], dtype=torch.int64)
-    for label in labels:
-        both = (met != 0) & (label != 0) & (met != label)
-        if both.any():
-            rec.units.unite(met[both].numpy(), label[both].numpy())
-        met = torch.where(met != 0, met, label)
-    for whole, label in zip(active, labels, strict=True):
-        own = (1,) * (len(shape) - whole.dim()) + tuple(whole.shape)
-        if any(own[d] > 1 for d in varying):
-            alone = met[(label == 0) & (met != 0)]
-            rec.units.keep_whole(alone.numpy(), f"aten.{name} with a tensor whose size cannot change")
-    few, met = met, met.expand(shape)
-    if not few.any():
-        return met
+    met = rec.meet(active, shape, f"aten.{name}")
     for operand in operands:
-        if operand in rec.computed and operand.numel() > 1:
-            rec.keep_label(met, f"aten.{name} with a tensor computed from parameters")
-        elif operand in rec.sources and operand.numel() > 1:
-            source, index = rec.source(operand)
-            rec.tie(source, index.expand(shape), met, f"aten.{name}")
+        rec.meet_parameter(operand, met, f"aten.{name}")
     return met
 
 

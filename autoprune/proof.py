@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -41,22 +41,61 @@ def failing(
     everything = range(len(traced.space.groups))
     if not traced.space.groups or _check(probe, inputs, traced, everything, seed) is None:
         return Outcome(traced, {})
-    failures = {}
-    for g in everything:
-        why = _check(probe, inputs, traced, [g], seed)
-        if why is None:
-            continue
-        with_attributes = _link_attributes(probe, recording, traced, g)
-        if with_attributes is not None and _check(probe, inputs, with_attributes, [g], seed) is None:
-            traced = _fewest_links(probe, inputs, with_attributes, g, seed)
-        else:
-            failures[g] = why
+    failures = _apart(probe, inputs, traced, everything, seed)
+    traced, mended = _mended(probe, inputs, recording, traced, list(failures), seed)
+    failures = {g: why for g, why in failures.items() if g not in mended}
     if not failures:
         why = _check(probe, inputs, traced, everything, seed)
         if why is None:
             return Outcome(traced, {})
         failures = dict.fromkeys(everything, why)
     return Outcome(None, failures)
+
+
+def _apart(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, groups: Sequence[int], seed: int
+) -> dict[int, str]:
+    """The groups that fail alone, and why, found by halving those that fail together."""
+    why = _check(probe, inputs, traced, groups, seed)
+    if why is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0]: why}
+    middle = len(groups) // 2
+    return _apart(probe, inputs, traced, groups[:middle], seed) | _apart(probe, inputs, traced, groups[middle:], seed)
+
+
+def _mended(
+    probe: nn.Module,
+    inputs: tuple[Tensor, ...],
+    recording: Recording,
+    traced: TracedModel,
+    groups: Sequence[int],
+    seed: int,
+) -> tuple[TracedModel, Collection[int]]:
+    """The model with the attributes that let some of these groups pass, and which they are. What one group needed is
+    tried first for the next; where all that may be tied to it breaks it, all but those of one kind are tried."""
+    mended, needed = set(), frozenset[tuple[str, str]]()
+    left = list(groups)
+    while left:
+        links = {g: _link_attributes(probe, recording, traced, g) for g in left}
+        kinds = sorted({_kind(probe, link) for link in links[left[0]]})
+        tried = [(left, needed)] if needed else []
+        for chosen, allowed in [*tried, *(([left[0]], kept) for kept in _subsets(kinds))]:
+            added = {link for g in chosen for link in links[g] if _kind(probe, link) in allowed}
+            with_links = replace(traced, attributes=tuple(sorted({*traced.attributes, *added}, key=_place)))
+            if added and _check(probe, inputs, with_links, chosen, seed) is None:
+                traced = with_links if allowed == needed else _fewest_links(probe, inputs, with_links, chosen[0], seed)
+                needed |= {_kind(probe, link) for link in traced.attributes if link.group == chosen[0]}
+                mended |= set(chosen)
+                break
+        left = [g for g in left[1:] if g not in mended]
+    return traced, mended
+
+
+def _subsets(kinds: Sequence[tuple[str, str]]) -> list[frozenset[tuple[str, str]]]:
+    """All of them, and all but each."""
+    return [frozenset(kinds), *(frozenset(kinds) - {one} for one in kinds if len(kinds) > 1)]
 
 
 def _check(
@@ -80,7 +119,7 @@ def _check(
         examples = tuple(torch.cat([x, x[: batch - len(x)]]) for x in inputs)
         try:
             with torch.no_grad():
-                smaller = tree_leaves(traced.cut(probe, kept)(*arguments(examples)))
+                smaller = tree_leaves(traced.cut(probe, kept, sharing=True)(*arguments(examples)))
                 with _masked(probe, traced, kept):
                     larger = tree_leaves(probe(*arguments(examples)))
         except Exception as error:  # noqa: BLE001, the model is foreign code
@@ -114,20 +153,36 @@ def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> It
                 tensor.index_copy_(dim, index, values)
 
 
-def _link_attributes(probe: nn.Module, recording: Recording, traced: TracedModel, group: int) -> TracedModel | None:
-    """Integer attributes of the modules at this group's sites that hold a size tied to its width."""
+def _link_attributes(
+    probe: nn.Module, recording: Recording, traced: TracedModel, group: int
+) -> Collection[SizeAttribute]:
+    """Integer attributes that hold a size tied to this group's width: of the modules at its sites, and of those whose
+    parameters make it."""
     size = traced.space.groups[group].size
     owned = {recording.units.find(int(label)) for label in labels_of(recording, traced, group)}
-    links = set(traced.attributes)
-    for site in recording.sites:
+    links = set()
+    for site in recording.sites.values():
         if not {recording.units.find(int(label)) for label in site.labels if label} & owned:
             continue
         for module in site.modules:
             for attribute, value in vars(probe.get_submodule(module)).items():
                 if type(value) is int and value in site.sizes and value % size == 0 and value > 1:
                     links.add(SizeAttribute(module, attribute, group, value // size))
-    found = tuple(sorted(links, key=lambda link: (link.module, link.attribute)))
-    return replace(traced, attributes=found) if len(found) > len(traced.attributes) else None
+    shapes = {name: tensor.shape for name, tensor in tensors_of(probe)}
+    for piece in (piece for piece in traced.slices[group] if piece.role != "in"):
+        whole, module = shapes[piece.tensor][piece.dim], piece.tensor.rpartition(".")[0]
+        for attribute, value in vars(probe.get_submodule(module)).items():
+            if type(value) is int and value == whole == piece.positions.size:
+                links.add(SizeAttribute(module, attribute, group, value // size))
+    return links
+
+
+def _place(link: SizeAttribute) -> tuple[str, str, int]:
+    return link.module, link.attribute, link.group
+
+
+def _kind(probe: nn.Module, link: SizeAttribute) -> tuple[str, str]:
+    return type(probe.get_submodule(link.module)).__name__, link.attribute
 
 
 def _fewest_links(

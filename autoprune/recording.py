@@ -43,6 +43,9 @@ class Site:
     sizes: tuple[int, ...]
 
 
+Place = tuple[int, int]  # of a site: the operation's number, and which of its sites
+
+
 class Recording:
     """See the module's docstring. Label arrays are raw: resolve them with `units.roots`.
 
@@ -52,7 +55,7 @@ class Recording:
     parameters and the dimension along which an operation makes units with them.
     """
 
-    def __init__(self, model: nn.Module, examples: int, readings: Mapping[int, int]) -> None:
+    def __init__(self, model: nn.Module, examples: int, readings: Mapping[Place, int]) -> None:
         self.examples, self.readings = examples, readings
         self.units = Units()
         self.slots: dict[tuple[str, int], Labels] = {}
@@ -60,7 +63,8 @@ class Recording:
         self.elementwise: list[tuple[Labels, Labels, float]] = []
         self.storages: list[tuple[Labels, Labels, int]] = []
         self.lifetimes: list[tuple[bool, int]] = []
-        self.sites: list[Site] = []
+        self.sites: dict[Place, Site] = {}
+        self.operations = 0  # so far
         self.depthwise: set[str] = set()
         self.made: set[tuple[str, int]] = set()
         self.stack: list[str] = []  # names of the modules that are running
@@ -101,12 +105,16 @@ class Recording:
     def keep_label(self, label: Tensor, reason: str) -> None:
         self.units.keep_whole(small(label).numpy(), reason)
 
+    def resolved(self, label: Tensor) -> Tensor:
+        """The label with units that became one told as one."""
+        return torch.from_numpy(self.units.roots(small(label).numpy())).expand(label.shape)
+
     def site(self, labels: Tensor, readings: int, sizes: Sequence[int]) -> int:
         """The reading to take here. The last of a site's readings is always "keep these units whole"."""
-        ordinal = len(self.sites)
-        found = Site(np.unique(small(labels).numpy()), readings, tuple(self.stack), tuple(sizes))
-        self.sites.append(found)
-        return min(self.readings.get(ordinal, 0), readings - 1)
+        of_this = sum(operation == self.operations for operation, _ in self.sites)
+        place = self.operations, of_this
+        self.sites[place] = Site(np.unique(small(labels).numpy()), readings, tuple(self.stack), tuple(sizes))
+        return min(self.readings.get(place, 0), readings - 1)
 
     def tie(self, source: str, index: Tensor, label: Tensor, operation: str) -> None:
         """A parameter meets labels elementwise: its dimension along which the labels differ belongs to them."""
@@ -132,6 +140,35 @@ class Recording:
         if earlier is not labels:
             self.units.unite(earlier, labels, f"the shared parameter {source}")
             self.slots[source, dim] = np.where(earlier != 0, earlier, labels)
+
+    def meet(self, labels: Sequence[Tensor], shape: tuple[int, ...], operation: str) -> Tensor:
+        """What results where labels meet elementwise, broadcast to a shape: those that meet are united, and kept whole
+        where one of the tensors has a size of its own and no units."""
+        whole = [label.expand(shape) for label in labels]
+        varying = [d for d in range(len(shape)) if any(varies(label, d) for label in whole)]
+        few = [shrunk(label, varying) for label in whole]
+        met = torch.zeros([n if d in varying else 1 for d, n in enumerate(shape)], dtype=torch.int64)
+        for label in few:
+            both = (met != 0) & (label != 0) & (met != label)
+            if both.any():
+                self.units.unite(met[both].numpy(), label[both].numpy(), operation)
+            met = torch.where(met != 0, met, label)
+        for given, label in zip(labels, few, strict=True):
+            own = (1,) * (len(shape) - given.dim()) + tuple(given.shape)
+            if any(own[d] > 1 for d in varying):
+                alone = met[(label == 0) & (met != 0)]
+                self.units.keep_whole(alone.numpy(), f"{operation} with a tensor whose size cannot change")
+        return met.expand(shape)
+
+    def meet_parameter(self, tensor: Tensor, met: Tensor, operation: str) -> None:
+        """A parameter, or what was computed from some, takes part elementwise in a tensor of this label."""
+        if tensor.numel() < 2 or not small(met).any():
+            return
+        if tensor in self.computed:
+            self.keep_label(met, f"{operation} with a tensor computed from parameters")
+        elif tensor in self.sources:
+            source, index = self.source(tensor)
+            self.tie(source, index.expand(met.shape), met, operation)
 
     def channel_units(self, label: Tensor, dim: int, operation: str) -> Labels:
         """One label for each slice along `dim` [C]; all units that meet in one slice are united."""

@@ -22,7 +22,7 @@ from autoprune.core import InputError
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
 from autoprune.proof import deepest, failing, in_double, randomise
-from autoprune.recording import Recording
+from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record
 
@@ -99,10 +99,14 @@ def _proven(
     probe: nn.Module, inputs: tuple[Tensor, ...], exact: nn.Module, exact_inputs: tuple[Tensor, ...], seed: int
 ) -> TracedModel:
     """Trace, prove all groups together, and where that fails find the group and read its sites another way."""
-    readings: dict[int, int] = {}
+    readings: dict[Place, int] = {}
     refused: dict[str, str] = {}
     for attempt in range(MAX_ATTEMPTS):
         recording = record(probe, arguments(inputs), readings)
+        for _ in range(MAX_ATTEMPTS):
+            if not _read_again(recording, readings):
+                break
+            recording = record(probe, arguments(inputs), readings)
         traced = gather(probe, recording, len(inputs[0]), refused)
         outcome = failing(exact, exact_inputs, traced, recording, seed)
         if outcome.proven is not None:
@@ -113,14 +117,29 @@ def _proven(
     return gather(probe, recording, len(inputs[0]), {g.name: "it could not be proven" for g in traced.space.groups})
 
 
-def _next_reading(recording: Recording, traced: TracedModel, group: int, readings: dict[int, int]) -> bool:
+def _read_again(recording: Recording, readings: dict[Place, int]) -> bool:
+    """Where all units of a site became one, or were kept whole, by what came after, its sizes may be read another way:
+    advance the last such site of each set of units. False if there is none."""
+    units, last = recording.units, {}
+    for place, site in recording.sites.items():
+        labels = site.labels[site.labels > 0]
+        roots = np.unique(units.roots(labels)).tolist()
+        lost = len(roots) == 1 < len(labels) or all(units.why_whole(root) is not None for root in roots)
+        if lost and readings.get(place, 0) < site.readings - 2:
+            last[tuple(roots)] = place
+    for place in last.values():
+        readings[place] = readings.get(place, 0) + 1
+    return bool(last)
+
+
+def _next_reading(recording: Recording, traced: TracedModel, group: int, readings: dict[Place, int]) -> bool:
     """Advance the reading of every site that concerns this group; False if there is none left but keeping it whole."""
     units = recording.units
     owned = {units.find(int(label)) for label in labels_of(recording, traced, group)}
     advanced = False
-    for ordinal, site in enumerate(recording.sites):
+    for place, site in recording.sites.items():
         concerned = {units.find(int(label)) for label in site.labels if label} & owned
-        if concerned and readings.get(ordinal, 0) < site.readings - 1:
-            readings[ordinal] = readings.get(ordinal, 0) + 1
+        if concerned and readings.get(place, 0) < site.readings - 1:
+            readings[place] = readings.get(place, 0) + 1
             advanced = True
     return advanced

@@ -49,17 +49,18 @@ class TracedModel:
     traffic: tuple[Term, ...]
     fingerprint: str
 
-    def cut(self, model: nn.Module, kept: Sequence[Labels]) -> nn.Module:
+    def cut(self, model: nn.Module, kept: Sequence[Labels], *, sharing: bool = False) -> nn.Module:
         """A smaller copy of the model that keeps these units: kept[g] holds ascending unit numbers of group g.
 
-        Only what is kept is copied. The model's structure is copied with its tensors replaced, so nothing is shared.
+        Only what is kept is copied. The model's structure is copied with its tensors replaced, so nothing is shared
+        but, with `sharing`, the tensors that lose nothing.
         """
         removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
             data = tensor.detach()
             for dim, gone in removed.get(name, {}).items():
                 data = data.index_select(dim, _others(gone, data.shape[dim]).to(data.device))
-            tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() else data
+            tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not sharing else data
         smaller = _with_tensors(model, tensors)
         self._set_sizes(smaller, [len(units) for units in kept])
         return smaller

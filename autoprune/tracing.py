@@ -18,17 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune import label_contractions as contractions
 from autoprune import label_rules as rules
-from autoprune.recording import Recording, counted, tensors
+from autoprune.recording import Place, Recording, counted, tensors
 
 Rule = Callable[[Recording, Any, str, dict[str, Any], Any], Any]
 NAMED: Mapping[str, Rule] = {
     "addmm": contractions.addmm,
     "as_strided": rules.as_strided,
+    "baddbmm": contractions.baddbmm,
+    "bmm": contractions.bmm,
     "cat": rules.cat,
     "channel_shuffle": rules.channel_shuffle,
     "constant_pad_nd": rules.constant_pad_nd,
     "convolution": contractions.convolution,
     "copy": rules.copy,
+    "embedding": contractions.embedding,
     "glu": rules.glu,
     "linear": contractions.linear,
     "mm": contractions.mm,
@@ -73,13 +76,13 @@ FAMILIES: tuple[tuple[frozenset[str], Rule], ...] = (
 )
 SPATIAL = ("max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "reflection_pad", "replication_pad")
 TURNS = frozenset("t transpose permute detach alias".split())
-OF_PARAMETERS = RESHAPE | LAYOUT | {"select", "slice", "split", "split_with_sizes"}
+OF_PARAMETERS = RESHAPE | LAYOUT | {"select", "slice", "split", "split_with_sizes", "index", "index_select"}
 
 
-def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[int, int]) -> Recording:
+def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[Place, int]) -> Recording:
     """Run the model once in evaluation mode and follow its labels.
 
-    readings: for the sites by ordinal, which of their readings to take (0, the one that leaves most units, if absent).
+    readings: by a site's place which of its readings to take (0, the one that leaves most units, if absent).
     """
     recording = Recording(model, len(inputs[0]), readings)
     handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in model.named_modules()]
@@ -121,6 +124,7 @@ class _Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
+        self.recording.operations += 1
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
         self._follow(func, given, out)
         for tensor in tensors(out):
@@ -193,4 +197,6 @@ def _rule(func: Any, name: str) -> Rule | None:
             return rule
     if name.startswith(SPATIAL):
         return rules.spatial
+    if name.startswith("_scaled_dot_product"):
+        return contractions.attention
     return rules.pointwise if torch.Tag.pointwise in func.tags else None
