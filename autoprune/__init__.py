@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoprune.core import Budget, InputError, PruningSpace, Task
+    from autoprune.diagnosis import doctor
     from autoprune.measuring import latency, profile
     from autoprune.prune import RatioTable
     from autoprune.pruning_env import LayerPruningEnv
@@ -23,6 +24,7 @@ _HOMES = {
     "RatioTable": "prune",
     "Result": "result",
     "Task": "core",
+    "doctor": "diagnosis",
     "environment": "run",
     "latency": "measuring",
     "profile": "measuring",
@@ -37,6 +39,7 @@ __all__ = [
     "RatioTable",
     "Result",
     "Task",
+    "doctor",
     "environment",
     "latency",
     "profile",

@@ -32,6 +32,7 @@ HELP = """autoprune finds how much to prune from each layer of a trained PyTorch
 usage: python -m autoprune COMMAND [key=value ...]
 
   search     find the ratios, the smaller network and the report    search budget=latency_20ms
+  doctor     what can be pruned, and what stands in the way         doctor task=my_task
   compare    strategies side by side, one table and one plot        compare strategies=[random,amc]
   profile    build or refresh the device's cost table               profile device=torch_cpu
   measure    measure a finished run's network again                measure outputs/.../
@@ -166,6 +167,17 @@ def _compare(words: Sequence[str]) -> int:
     return MET if len(rows) == wanted and all(row.met for row in rows) else NOT_MET
 
 
+def _doctor(words: Sequence[str]) -> int:
+    config = configured("doctor", words)
+    from autoprune import diagnosis, report
+
+    task = make_task(config["task"])
+    with _watched() as screen:
+        found = diagnosis.doctor(task, **config["space"], progress=screen)
+    report.show_diagnosis(found)
+    return MET
+
+
 def _profile(words: Sequence[str]) -> int:
     config = configured("profile", words)
     from autoprune import measuring, report
@@ -244,6 +256,7 @@ def _report(words: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": _search,
+    "doctor": _doctor,
     "compare": _compare,
     "profile": _profile,
     "finetune": _finetune,

@@ -358,6 +358,11 @@ def width_of(width: Width, kept: Sequence[int]) -> float:
     return fixed + sum(each * kept[g] for g, each in of.items())
 
 
+def amount_of(terms: Sequence[Term], kept: Sequence[int]) -> float:
+    """The sum of terms with these units kept of each group."""
+    return sum(term.scale * width_of(term.left, kept) * width_of(term.right, kept) for term in terms)
+
+
 class CostModel(Protocol):
     """Predicts one cost from ratios, without running the model.
 

@@ -179,11 +179,11 @@ def _layers(
 ) -> tuple[Layer, ...]:
     """The layers that make this group's units."""
     owned = {p.tensor for p in pieces}
-    layers = {}
+    layers: dict[str, Layer] = {}
     for c in recording.contractions:
         name = owner(c.weight)
         if c.weight in owned and name in group.members:
-            shape = shapes[c.weight]
+            shape, known = shapes[c.weight], layers[name].macs if name in layers else 0.0
             layers[name] = Layer(
                 name=name,
                 units_in=shape[1],
@@ -192,7 +192,7 @@ def _layers(
                 stride=c.stride,
                 height=c.height,
                 width=c.width,
-                macs=c.positions * math.prod(shape),
+                macs=known + c.positions * math.prod(shape),
             )
     return tuple(layers.values())
 

@@ -50,7 +50,8 @@ def as_strided(rec: Recording, func: Any, name: str, given: dict[str, Any], out:
 
 def _split_block(rec: Recording, operation: str, label: Tensor, dims: list[int]) -> None:
     """One labelled dimension became several: all but one keep their size in the model's Python, so along that
-    one whole slices are units. Readings: each dimension in turn, those that leave most units first."""
+    one whole slices are units. Readings: each dimension in turn, those that leave most units first, but the last
+    dimension of all after the others: features are split into heads before what each head holds."""
     if not any(varies(label, d) for d in dims):
         return
     flat = small(label, *dims).movedim(dims, tuple(range(len(dims))))
@@ -60,7 +61,7 @@ def _split_block(rec: Recording, operation: str, label: Tensor, dims: list[int])
             rows = flat.movedim(j, 0).reshape(label.shape[d], -1, int(np.prod(flat.shape[len(dims) :])))
             rows_np = rows.permute(0, 2, 1).reshape(-1, rows.shape[1]).numpy()
             options.append((rec.units.merges(rows_np[:, :1], rows_np), d, rows_np))
-    options.sort(key=lambda option: option[:2])
+    options.sort(key=lambda option: (option[1] == label.dim() - 1, *option[:2]))
     sizes = tuple(label.shape[d] for d in dims)
     chosen = rec.site(label, len(options) + 1, sizes)
     if chosen == len(options):

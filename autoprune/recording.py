@@ -8,7 +8,7 @@ Letters: C channels or slices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,8 @@ class Recording:
         self.lifetimes: list[tuple[bool, int]] = []
         self.sites: dict[Place, Site] = {}
         self.operations = 0  # so far
+        self.inside = 0  # so many modules that are followed as one operation
+        self.remember: Callable[[Tensor], None] = lambda tensor: None  # told of each tensor that is made
         self.depthwise: set[str] = set()
         self.made: set[tuple[str, int]] = set()
         self.stack: list[str] = []  # names of the modules that are running
@@ -96,6 +98,11 @@ class Recording:
         if tensor not in self.labels:
             self.labels[tensor] = torch.zeros(tensor.shape, dtype=torch.int64)
         return self.labels[tensor]  # type: ignore[no-any-return]
+
+    def made_now(self, tensor: Tensor, label: Tensor) -> None:
+        """A module that was followed as one operation returned this."""
+        self.labels[tensor] = label
+        self.remember(tensor)
 
     def keep(self, tensors: Sequence[Tensor], reason: str) -> None:
         for tensor in tensors:

@@ -29,13 +29,14 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
-from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial
+from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
 from autoprune.page import RATIO, SMOOTHED, amount, html, percent, points, warm_up_mean, with_interval
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from autoprune.diagnosis import Diagnosis
     from autoprune.final import FineTuned
     from autoprune.meters.profile import CostTable
     from autoprune.result import Result
@@ -171,6 +172,32 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
 def show_comparison(lines: Sequence[str], files: Sequence[Path]) -> None:
     """The last screen of a comparison: its table, and where it is kept."""
     _lines(Console(), *lines, f"files: {', '.join(map(str, files))}")
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """The screen of a doctor: every group, every layer that is left whole with the reason, and the shares."""
+    console, space, macs = Console(), found.traced.space, found.traced.macs
+    shown = Table("group", "units", "layers", "of MACs", title="groups, each proven", title_justify="left")
+    whole = [g.size for g in space.groups]
+    for i, group in enumerate(space.groups):
+        touched = [term for term in macs if i in term.left[1] or i in term.right[1]]
+        more = f" and {len(group.members) - 1} more" if len(group.members) > 1 else ""
+        share = percent(amount_of(touched, whole) / max(amount_of(macs, whole), 1.0))
+        shown.add_row(group.name, str(group.size), f"{group.members[0]}{more}", share)
+    console.print(shown)
+    left = Table("layer", "reason", title="left whole", title_justify="left")
+    for refusal in space.refused:
+        left.add_row(refusal.name, refusal.reason)
+    if space.refused:
+        console.print(left)
+    units = sum(whole)
+    _lines(
+        console,
+        f"{found.task}: {len(space.groups)} groups of {units} units, traced and proven in {found.seconds:.1f} s",
+        f"in layers that some group cuts: {percent(found.prunable_macs)} of MACs, "
+        f"{percent(found.prunable_params)} of parameters",
+        f"left at the deepest levels: {percent(found.least_macs)} of MACs, {percent(found.least_params)} of parameters",
+    )
 
 
 def show_profile(table: CostTable, space: PruningSpace) -> None:

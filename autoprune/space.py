@@ -27,6 +27,7 @@ from autoprune.traced import TracedModel
 from autoprune.tracing import record
 
 MAX_ATTEMPTS = 12
+DOUBLE = 1e9  # MACs of a pass that is made in double precision
 
 
 def trace(
@@ -47,6 +48,23 @@ def trace(
     Raises:
         InputError: the model does not run on its inputs, or nothing in it can be pruned.
     """
+    traced = explored(model, inputs, levels=levels, round_to=round_to, max_ratio=max_ratio, seed=seed)
+    if not traced.space.groups:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in traced.space.refused[:5])
+        raise InputError(f"nothing in this model can be pruned: {reasons or 'it has no convolution or linear layer'}")
+    return traced
+
+
+def explored(
+    model: nn.Module,
+    inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
+    *,
+    levels: int = 16,
+    round_to: int = 1,
+    max_ratio: float = 0.9,
+    seed: int = 0,
+) -> TracedModel:
+    """As `trace`, which see; a model of which nothing can be pruned has no groups."""
     if levels < 2 or round_to < 1 or not 0 < max_ratio < 1:
         raise InputError(
             f"space: levels must be >= 2, round_to >= 1 and 0 < max_ratio < 1, got {levels}, {round_to}, {max_ratio}"
@@ -56,13 +74,8 @@ def trace(
     inputs = tuple(x[:2].to("cpu") for x in inputs)
     with seeded(seed):
         probe = _probe(model, inputs)
-        exact, exact_inputs = in_double(probe, inputs)
+        exact, exact_inputs = in_double(probe, inputs) if _cheap(probe, inputs) else (probe, inputs)
         traced = _proven(probe, inputs, exact, exact_inputs, seed)
-        if not traced.space.groups:
-            reasons = "; ".join(f"{r.name}: {r.reason}" for r in traced.space.refused[:5])
-            raise InputError(
-                f"nothing in this model can be pruned: {reasons or 'it has no convolution or linear layer'}"
-            )
         choices = {g.name: _levels(g.size, levels, round_to, max_ratio) for g in traced.space.groups}
         choices = deepest(exact, exact_inputs, traced, choices, seed)
     return replace(traced, space=traced.space.with_levels(choices))
@@ -83,6 +96,13 @@ def _probe(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
         raise InputError(f"the model returns {kind}, which cannot be compared: return tensors, tuples, lists or dicts")
     randomise(probe, np.random.default_rng(0))
     return probe
+
+
+def _cheap(probe: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether the many passes of a proof may well be made in double precision."""
+    recording = record(probe, arguments(inputs), {})
+    macs = sum(c.positions * math.prod(recording.shapes[c.weight]) for c in recording.contractions)
+    return macs * recording.examples <= DOUBLE
 
 
 def _levels(size: int, count: int, round_to: int, max_ratio: float) -> tuple[float, ...]:

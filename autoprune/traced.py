@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from autoprune.core import PruningSpace, Slice, Term, Width
 from autoprune.units import Labels
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # stacked in one weight of nn.RNNBase, by its mode
+
 
 @dataclass(frozen=True)
 class SizeAttribute:
@@ -117,6 +119,10 @@ class TracedModel:
                 module.out_features, module.in_features = weight.shape
             elif isinstance(module, nn.modules.batchnorm._NormBase) and module.affine:
                 module.num_features = len(module.weight)
+            elif isinstance(module, nn.RNNBase):
+                rows, module.input_size = module.get_parameter("weight_ih_l0").shape
+                module.hidden_size = rows // GATES[module.mode]
+                module.proj_size = len(module.get_parameter("weight_hr_l0")) if module.proj_size else 0
             elif isinstance(module, nn.PReLU):
                 module.num_parameters = len(module.weight)
         for link in self.attributes:

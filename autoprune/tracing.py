@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune import label_contractions as contractions
 from autoprune import label_rules as rules
+from autoprune.label_recurrent import follow, is_recurrent
 from autoprune.recording import Place, Recording, counted, tensors
 
 Rule = Callable[[Recording, Any, str, dict[str, Any], Any], Any]
@@ -87,6 +88,9 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[Place
     recording = Recording(model, len(inputs[0]), readings)
     handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in model.named_modules()]
     handles += [m.register_forward_hook(_left(recording), always_call=True) for m in model.modules()]
+    recurrent = [m for m in model.modules() if is_recurrent(m)]
+    handles += [m.register_forward_pre_hook(_within(recording)) for m in recurrent]
+    handles += [m.register_forward_hook(_followed(recording), with_kwargs=True) for m in recurrent]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused layer would hide the linear layers inside
     try:
@@ -112,6 +116,22 @@ def _left(recording: Recording) -> Callable[..., None]:
     return leave
 
 
+def _within(recording: Recording) -> Callable[..., None]:
+    def enter(module: nn.Module, args: object) -> None:
+        recording.inside += 1
+
+    return enter
+
+
+def _followed(recording: Recording) -> Callable[..., None]:
+    def leave(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        recording.inside -= 1
+        assert isinstance(module, nn.RNNBase)
+        follow(recording, module, args, named, output)
+
+    return leave
+
+
 class _Tracer(TorchDispatchMode):
     """Sees every ATen operation, lets it run, and finds the rule for its labels."""
 
@@ -119,12 +139,15 @@ class _Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.recording = recording
         self._alive: dict[int, int] = {}
+        recording.remember = self._remember_storage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         self.recording.operations += 1
+        if self.recording.inside:
+            return out
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
         self._follow(func, given, out)
         for tensor in tensors(out):

@@ -10,15 +10,15 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"units", "borrowing"},
+    {"units", "borrowing", "keywords"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
-    {"label_rules", "label_contractions", "grouping", "finalists", "pruning_env", "reconstruct"},
+    {"label_rules", "label_contractions", "label_recurrent", "grouping", "finalists", "pruning_env", "reconstruct"},
     {"tracing", "proof", "agent"},
     {"space"},
     {"lineage", "prune", "recover", "scores", "strategies", "tasks"},
     {"components", "result"},
     {"checks", "costs", "evaluate", "study"},
-    {"final", "loop", "measuring", "page"},
+    {"diagnosis", "final", "loop", "measuring", "page"},
     {"answer", "report", "testing"},
     {"verdict"},
     {"run"},

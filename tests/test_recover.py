@@ -40,7 +40,7 @@ def test_recalibration_without_normalisation_changes_nothing() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def trained(plan: FineTune, seed: int = 0, teacher: nn.Module | None = None) -> nn.Module:
+def trained(plan: FineTune, seed: int = 0, teacher: nn.Module | Teacher | None = None) -> nn.Module:
     with seeded(5):
         model = nn.Linear(3, 2)
     with seeded(seed):

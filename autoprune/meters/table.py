@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from autoprune.core import CostForm, PruningSpace, Term, Trial, width_of
+from autoprune.core import CostForm, PruningSpace, Term, Trial, amount_of
 
 if TYPE_CHECKING:
     from autoprune.core import Floats
@@ -35,7 +35,7 @@ class CountedCost:
 
     def predict(self, ratios: Sequence[float]) -> float:
         kept = self.space.kept(ratios)
-        largest = max(sum(_term(term, kept) for term in terms) for terms in self.alternatives)
+        largest = max(amount_of(terms, kept) for terms in self.alternatives)
         return self.scale * (largest + self.offset)
 
     def anchored(self, dense: float) -> CountedCost:
@@ -95,7 +95,3 @@ class AddedCost(CountedCost):
             if known is not None and known.kind != "predicted" and known.decided:
                 return replace(self, offset=self.offset + known.high - self.predict(trial.candidate.ratios))
         return self
-
-
-def _term(term: Term, kept: Sequence[int]) -> float:
-    return term.scale * width_of(term.left, kept) * width_of(term.right, kept)

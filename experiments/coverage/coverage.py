@@ -8,63 +8,52 @@ groups cut by its own code and compared with masking (peer.py).
 
 from __future__ import annotations
 
-import json
-import subprocess
+import copy
+import multiprocessing
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from models import networks
 from records import append, rows
 
-from autoprune.core import Term, Width
+from autoprune.core import amount_of
+from autoprune.diagnosis import prunable
+from autoprune.space import trace
 
 FILE = Path(__file__).parent / "coverage.csv"
 LIMIT = 600  # seconds a network
+FORK = multiprocessing.get_context("fork")
 
 
 COLUMNS = "params groups prunable macs_at_half params_at_half refused reasons seconds error".split()
 
 
-def total(terms: Sequence[Term], sizes: Sequence[int]) -> float:
-    def width(side: Width) -> float:
-        return side[0] + sum(each * sizes[g] for g, each in side[1].items())
-
-    return sum(term.scale * width(term.left) * width(term.right) for term in terms)
-
-
 def ours(name: str) -> dict[str, Any]:
     """Trace one network and cut half of every group."""
-    import copy
-
-    import numpy as np
-    import torch
-    from models import networks
-
-    from autoprune.space import trace
-
     network = networks()[name]
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     model, inputs = network.build().eval(), network.inputs()
     began = time.perf_counter()
     traced = trace(model, inputs)
     seconds = time.perf_counter() - began
     sizes = [g.size for g in traced.space.groups]
-    dense = total(traced.macs, sizes)
-    touched = total([term for term in traced.macs if term.left[1] or term.right[1]], sizes)
     kept = [np.arange(max(1, g.size // 2)) for g in traced.space.groups]
     smaller = traced.cut(copy.deepcopy(model), kept)
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, smaller))
-    half = total(traced.macs, [len(units) for units in kept])
+    half = amount_of(traced.macs, [len(units) for units in kept]) / amount_of(traced.macs, sizes)
     reasons = {r.reason for r in traced.space.refused}
     return {
         "params": before,
         "groups": len(traced.space.groups),
-        "prunable": round(touched / dense, 4),
-        "macs_at_half": round(half / dense, 4),
+        "prunable": round(prunable(traced.macs, sizes), 4),
+        "macs_at_half": round(half, 4),
         "params_at_half": round(after / before, 4),
         "refused": len(traced.space.refused),
         "reasons": " | ".join(sorted(reasons)),
@@ -72,27 +61,35 @@ def ours(name: str) -> dict[str, Any]:
     }
 
 
-def main(part: str) -> None:
-    from models import networks
+def alone(side: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
+    """What a side finds, asked in a process of its own."""
+    here, there = FORK.Pipe(duplex=False)
 
+    def work() -> None:
+        try:
+            there.send(side(name))
+        except Exception as error:  # noqa: BLE001, a row for every network
+            there.send({"error": f"{type(error).__name__}: {error}"[:300]})
+
+    process = FORK.Process(target=work)
+    process.start()
+    there.close()
+    try:
+        found: dict[str, Any] = here.recv() if here.poll(LIMIT) else {"error": f"more than {LIMIT} s"}
+    except EOFError:
+        found = {"error": "the process died"}
+    process.kill()
+    process.join()
+    return found
+
+
+def main(part: str) -> None:
     for name, network in networks().items():
-        if part not in name or any(row["network"] == name for row in rows(FILE)):
-            continue
-        values: dict[str, Any] = {"network": name, "family": network.family} | dict.fromkeys(COLUMNS, "")
-        for side in ("ours",):
-            command = [sys.executable, __file__, "--one", side, name]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-                values |= json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-                if done.returncode:
-                    values["error"] = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:300]
-            except subprocess.TimeoutExpired:
-                values["error"] = f"more than {LIMIT} s"
-        append(FILE, values)
+        if part in name and not any(row["network"] == name for row in rows(FILE)):
+            values: dict[str, Any] = {"network": name, "family": network.family} | dict.fromkeys(COLUMNS, "")
+            append(FILE, values | alone(ours, name))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(ours(sys.argv[3])))
-    else:
-        main(sys.argv[1] if len(sys.argv) > 1 else "")
+    torch.set_num_threads(1)
+    main(sys.argv[1] if len(sys.argv) > 1 else "")

@@ -21,22 +21,24 @@ if not hasattr(torch.ops.torchvision, "nms"):
         _DECLARED.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 Inputs = tuple[Tensor, ...] | Mapping[str, Tensor]
-LARGER = {"inception_v3": 128, "maxvit_t": 224, "swin_v2_t": 128, "swin_v2_s": 128, "swin_v2_b": 128}  # else 64 px
+LARGER = {"inception_v3": 128, "maxvit_t": 224, "swin_v2_t": 256, "swin_v2_s": 256, "swin_v2_b": 256}
+LARGER |= {"swin_t": 224, "swin_s": 224, "swin_b": 224}  # else 64 px
 VITS = {"vit_b_16": 64, "vit_b_32": 64, "vit_l_16": 64, "vit_l_32": 64, "vit_h_14": 56}
 
 TIMM = """
-resnet18 resnet26d resnext50_32x4d seresnet50 skresnet18 ecaresnet26t resnest14d res2net50_26w_4s resnetv2_50 wide_resnet50_2
-regnetx_002 regnety_002 efficientnet_b0 efficientnet_lite0 efficientnetv2_rw_t mobilenetv2_100 mobilenetv3_small_100
-mobilenetv4_conv_small mnasnet_100 fbnetc_100 spnasnet_100 ghostnet_100 ghostnetv2_100 hardcorenas_a tinynet_a lcnet_050
-rexnet_100 mixnet_s dla34 dpn48b densenet121 vgg11_bn inception_v3 inception_v4 inception_resnet_v2 xception41 nasnetalarge
-pnasnet5large hrnet_w18_small cspresnet50 cspdarknet53 darknet53 selecsls42b ese_vovnet19b_dw repvgg_a0 mobileone_s0 fastvit_t8
-convnext_atto convnextv2_atto convmixer_768_32 poolformer_s12 mixer_s32_224 gmlp_s16_224 resmlp_12_224 vit_tiny_patch16_224
-deit_tiny_patch16_224 deit3_small_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 levit_128s swin_tiny_patch4_window7_224
-swinv2_cr_tiny_224 twins_pcpvt_small pvt_v2_b0 coat_tiny crossvit_tiny_240 pit_ti_224 tnt_s_patch16_224 visformer_tiny
-volo_d1_224 beit_base_patch16_224 eva02_tiny_patch14_224 maxvit_nano_rw_256 coatnet_nano_rw_224 mobilevit_xxs
-mobilevitv2_050 edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 focalnet_tiny_srf
-davit_tiny nextvit_small repvit_m0_9 tiny_vit_5m_224 hiera_tiny_224 inception_next_tiny caformer_s18 starnet_s1
-dm_nfnet_f0 nf_regnet_b0 eca_nfnet_l0 lambda_resnet26t halonet26t botnet26t_256 sequencer2d_s rdnet_tiny gernet_s
+resnet18 resnet26d resnext50_32x4d seresnet50 skresnet18 ecaresnet26t resnest14d res2net50_26w_4s resnetv2_50
+wide_resnet50_2 regnetx_002 regnety_002 efficientnet_b0 efficientnet_lite0 efficientnetv2_rw_t mobilenetv2_100
+mobilenetv3_small_100 mobilenetv4_conv_small mnasnet_100 fbnetc_100 spnasnet_100 ghostnet_100 ghostnetv2_100
+hardcorenas_a tinynet_a lcnet_050 rexnet_100 mixnet_s dla34 dpn48b densenet121 vgg11_bn inception_v3 inception_v4
+inception_resnet_v2 xception41 nasnetalarge pnasnet5large hrnet_w18_small cspresnet50 cspdarknet53 darknet53
+selecsls42b ese_vovnet19b_dw repvgg_a0 mobileone_s0 fastvit_t8 convnext_atto convnextv2_atto convmixer_768_32
+poolformer_s12 mixer_s32_224 gmlp_s16_224 resmlp_12_224 vit_tiny_patch16_224 deit_tiny_patch16_224
+deit3_small_patch16_224 cait_xxs24_224 xcit_nano_12_p16_224 levit_128s swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
+twins_pcpvt_small pvt_v2_b0 coat_tiny crossvit_tiny_240 pit_ti_224 tnt_s_patch16_224 visformer_tiny volo_d1_224
+beit_base_patch16_224 eva02_tiny_patch14_224 maxvit_nano_rw_256 coatnet_nano_rw_224 mobilevit_xxs mobilevitv2_050
+edgenext_xx_small efficientformer_l1 efficientformerv2_s0 efficientvit_b0 efficientvit_m0 focalnet_tiny_srf davit_tiny
+nextvit_small repvit_m0_9 tiny_vit_5m_224 hiera_tiny_224 inception_next_tiny caformer_s18 starnet_s1 dm_nfnet_f0
+nf_regnet_b0 eca_nfnet_l0 lambda_resnet26t halonet26t botnet26t_256 sequencer2d_s rdnet_tiny gernet_s
 """.split()
 
 
@@ -121,7 +123,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(width, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        skips = []
+        skips: list[Tensor] = []
         for down in self.downs:
             skips.append(down(F.max_pool2d(skips[-1], 2) if skips else x))
         x = skips.pop()

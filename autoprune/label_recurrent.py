@@ -1,0 +1,92 @@
+"""How labels pass through nn.LSTM, nn.GRU and nn.RNN, each followed as one operation.
+
+All layers and directions of such a module have one hidden size, and its gates are stacked in one weight, so that hidden
+unit i is i in every gate, layer and direction; with `proj_size`, the projected units are alike, and are what the next
+layer and the next step read. A unit whose weights and biases are zero keeps its state at zero: cutting it is exact.
+
+Letters: H hidden units, O units of the output (projected or hidden).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from autoprune.recording import Contraction, Recording, tensors
+from autoprune.traced import GATES
+from autoprune.units import Labels
+
+
+def is_recurrent(module: nn.Module) -> bool:
+    """Whether it is one of torch's own, whose forward is known."""
+    return type(module) in (nn.LSTM, nn.GRU, nn.RNN)
+
+
+def follow(rec: Recording, module: nn.RNNBase, args: tuple[Any, ...], named: Mapping[str, Any], out: Any) -> None:
+    """Label what the module returned for these arguments."""
+    given = dict(zip(("input", "hx"), args, strict=False)) | dict(named)
+    sequence = given["input"].data if isinstance(given["input"], PackedSequence) else given["input"]
+    operation, parameters = f"nn.{type(module).__name__}", dict(module.named_parameters(recurse=False))
+    if not all(p in rec.sources for p in parameters.values()):
+        rec.keep([sequence], f"{operation} with a weight computed from other tensors")
+        return
+    names = {name: rec.sources[p][0] for name, p in parameters.items()}
+    hidden = _known(rec, names["weight_ih_l0"], module.hidden_size)
+    outputs = _known(rec, names["weight_hr_l0"], module.proj_size) if module.proj_size else hidden
+    steps = sequence.numel() / sequence.shape[-1] / rec.examples
+    reads = rec.channel_units(rec.label(sequence), -1 % sequence.dim(), operation)
+    suffixes = ["", "_reverse"] if module.bidirectional else [""]
+    for layer in range(module.num_layers):
+        for suffix in suffixes:
+            _cell(rec, names, f"_l{layer}{suffix}", reads, hidden, outputs, GATES[module.mode], steps, operation)
+        reads = np.tile(outputs, len(suffixes))
+    states = tensors(given.get("hx"))
+    returned, last = out
+    for units, state in zip((outputs, hidden), states, strict=False):
+        rec.meet([_along(units, state), rec.label(state)], tuple(state.shape), f"{operation}'s initial state")
+    for units, state in zip((outputs, hidden), tensors(last), strict=False):
+        rec.made_now(state, _along(units, state))
+    found = returned.data if isinstance(returned, PackedSequence) else returned
+    rec.made_now(found, _along(reads, found))
+
+
+def _known(rec: Recording, source: str, count: int) -> Labels:
+    """The units that a weight's first rows make: those of its first use, or new ones."""
+    if (source, 0) in rec.slots:
+        return rec.slots[source, 0][:count]
+    return rec.units.fresh(count)
+
+
+def _cell(
+    rec: Recording,
+    names: Mapping[str, str],
+    suffix: str,
+    reads: Labels,
+    hidden: Labels,
+    outputs: Labels,
+    gates: int,
+    steps: float,
+    operation: str,
+) -> None:
+    """One direction of one layer: what it reads, its hidden units and what it gives."""
+    stacked = np.tile(hidden, gates)
+    owned = {"weight_ih": (stacked, reads), "weight_hh": (stacked, outputs), "weight_hr": (outputs, hidden)}
+    for kind, ends in owned.items():
+        if (source := names.get(kind + suffix)) is not None:
+            rec.made.add((source, 0))
+            rec.contractions.append(Contraction(source, steps, 1, 1, 1, 1))
+            for dim, units in enumerate(ends):
+                rec.own(source, dim, units, operation)
+    for kind in ("bias_ih", "bias_hh"):
+        if (source := names.get(kind + suffix)) is not None:
+            rec.own(source, 0, stacked, operation)
+
+
+def _along(units: Labels, tensor: Tensor) -> Tensor:
+    """The label of a tensor whose last dimension these are."""
+    return torch.from_numpy(units).expand(tensor.shape)
