@@ -29,7 +29,10 @@ def check_task(task: Task) -> None:
     if not isinstance(task.model, nn.Module):
         raise InputError(f"{where}: model must be a torch.nn.Module, got {type(task.model).__name__}")
     if not isinstance(task.inputs, tuple) or not all(isinstance(x, Tensor) and x.dim() for x in task.inputs):
-        raise InputError(f"{where}: inputs must be a tuple of tensors whose first dimension is the batch")
+        raise InputError(
+            f"{where}: inputs must be a tuple of tensors whose first dimension is the batch, or a mapping of them by "
+            "the names of the model's arguments"
+        )
     if not isinstance(task.metric, torchmetrics.Metric) or task.metric.higher_is_better is None:
         raise InputError(f"{where}: metric must be a torchmetrics.Metric whose higher_is_better is True or False")
     if not task.lr > 0:

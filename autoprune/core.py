@@ -454,8 +454,10 @@ class Silent:
 class Task:
     """A trained model with its data: all that a search needs to know of the user's problem.
 
-    train, search and test are iterables of (inputs, target) batches that can be iterated again and again; inputs is
-    a tensor or a tuple of tensors for the model's positional arguments. search is held out of the model's training
+    inputs is an example of what the model is called with, the first dimension of each tensor being the batch: a tuple
+    of positional arguments, or a mapping of keyword arguments. train, search and test are iterables of (inputs, target)
+    batches that can be iterated again and again; inputs is a tensor or a tuple of tensors, or a mapping where the
+    example is one. search is held out of the model's training
     and is all that a search looks at; test is read once, for the final report. loss(output, target) is a scalar.
     metric is a torchmetrics.Metric updated with (output, target); its `higher_is_better` gives its direction.
     lr is the learning rate the model was trained with at its highest; recovery uses a fraction of it.
@@ -463,7 +465,7 @@ class Task:
 
     name: str
     model: nn.Module
-    inputs: tuple[Tensor, ...]
+    inputs: Any
     train: Iterable[Any]
     search: Iterable[Any]
     test: Iterable[Any]

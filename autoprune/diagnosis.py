@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from autoprune.checks import check_task
 from autoprune.core import Progress, Silent, Task, Term, amount_of
+from autoprune.keywords import positional_task
 from autoprune.space import explored
 from autoprune.traced import TracedModel
 
@@ -35,6 +36,7 @@ def doctor(
     Raises:
         InputError: the task is wrong, or its model does not run on its inputs.
     """
+    task = positional_task(task)
     check_task(task)
     progress.stage("tracing", None)
     began = time.perf_counter()

@@ -17,6 +17,7 @@ from autoprune.checks import check_place, check_seed, check_task
 from autoprune.core import InputError, Measurement, Progress, Silent, Task
 from autoprune.costs import counted
 from autoprune.criteria import Criterion
+from autoprune.keywords import named, positional_task
 from autoprune.prune import RatioTable
 from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
 
@@ -65,6 +66,7 @@ def finetune_table(
     check_healing("finetune", recovery)
     chosen = components.chosen("criterion", criterion)
     rank: Criterion = components.bind(chosen, "criterion", task.model, (), batches=(), loss=None, seed=0)
+    task = positional_task(task)
     check_task(task)
     progress.stage("pruning", None)
     with seeded(seed):
@@ -78,7 +80,7 @@ def finetune_table(
     inputs = to_device(task.inputs, device)
     return FineTuned(
         table=table,
-        model=model,
+        model=named(model),
         metric=type(task.metric).__name__,
         test_dense=test_dense,
         test_recovered=test_recovered,

@@ -169,10 +169,11 @@ def attention(rec: Recording, func: Any, name: str, given: dict[str, Any], out: 
             rec.meet([whole, rec.unite_along(rec.label(mask), [2, 3], operation)], tuple(whole.shape), operation)
     if small(whole).any():
         value = rec.meet([value, whole.expand(value.shape)], tuple(value.shape), operation)
-    first = tensors(out)[0]
+    first, *others = tensors(out)
     rec.count(query, given["key"].shape[2])
     rec.count(rec.label(given["value"]), query.shape[2])
-    return [value.expand(first.shape)]
+    sums = [whole[..., 0].expand(other.shape) for other in others[:1] if other.dim() == 3]  # of exponentials, [B, H, T]
+    return [value.expand(first.shape), *sums]
 
 
 def embedding(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor | None:

@@ -1,8 +1,9 @@
 """How labels pass through nn.LSTM, nn.GRU and nn.RNN, each followed as one operation.
 
 All layers and directions of such a module have one hidden size, and its gates are stacked in one weight, so that hidden
-unit i is i in every gate, layer and direction; with `proj_size`, the projected units are alike, and are what the next
-layer and the next step read. A unit whose weights and biases are zero keeps its state at zero: cutting it is exact.
+unit i is i in every gate, layer and direction. With `proj_size` the projected units are alike, and are what the next
+layer and the next step read; the hidden ones stay. A unit whose weights and biases are zero keeps its state at zero:
+cutting it is exact.
 
 Letters: H hidden units, O units of the output (projected or hidden).
 """
@@ -38,6 +39,8 @@ def follow(rec: Recording, module: nn.RNNBase, args: tuple[Any, ...], named: Map
     names = {name: rec.sources[p][0] for name, p in parameters.items()}
     hidden = _known(rec, names["weight_ih_l0"], module.hidden_size)
     outputs = _known(rec, names["weight_hr_l0"], module.proj_size) if module.proj_size else hidden
+    if module.proj_size:  # torch tells that there is a projection by its size not being the hidden one
+        rec.units.keep_whole(hidden, f"{operation} with proj_size, which may not come to equal hidden_size")
     steps = sequence.numel() / sequence.shape[-1] / rec.examples
     reads = rec.channel_units(rec.label(sequence), -1 % sequence.dim(), operation)
     suffixes = ["", "_reverse"] if module.bidirectional else [""]
@@ -49,10 +52,10 @@ def follow(rec: Recording, module: nn.RNNBase, args: tuple[Any, ...], named: Map
     returned, last = out
     for units, state in zip((outputs, hidden), states, strict=False):
         rec.meet([_along(units, state), rec.label(state)], tuple(state.shape), f"{operation}'s initial state")
-    for units, state in zip((outputs, hidden), tensors(last), strict=False):
-        rec.made_now(state, _along(units, state))
     found = returned.data if isinstance(returned, PackedSequence) else returned
     rec.made_now(found, _along(reads, found))
+    for units, state in zip((outputs, hidden), tensors(last), strict=False):
+        rec.made_now(state, _along(units, state))
 
 
 def _known(rec: Recording, source: str, count: int) -> Labels:

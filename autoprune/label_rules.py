@@ -36,6 +36,8 @@ def reshape(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Te
         if len([d for d in after if out.shape[d] > 1]) > 1 and not _same_sizes(label, before, out, after):
             _split_block(rec, f"aten.{name}", shaped, after)
             shaped = rec.resolved(shaped)
+        elif len([d for d in before if label.shape[d] > 1]) > 1 and any(varies(label, d) for d in before):
+            rec.site(label, 1, [out.shape[d] for d in after])  # whose product may be kept in an attribute
     return shaped if label.numel() and shaped.data_ptr() == label.data_ptr() else compact(shaped)
 
 
@@ -225,8 +227,18 @@ def reduce(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any
     if dims == [-1, -2] and given.get("keepdim"):  # how adaptive average pooling to 1 x 1 arrives here
         rec.count(rec.label(tensor), 1)
     dims = [dims] if isinstance(dims, int) else list(dims or range(tensor.dim()))
-    label = rec.unite_along(rec.label(tensor), [d % max(tensor.dim(), 1) for d in dims], f"aten.{name}")
+    dims = [d % max(tensor.dim(), 1) for d in dims]
+    label = rec.label(tensor)
+    if name == "sum" and _only_along(label, dims) and rec.site(label, 2, ()) == 0:
+        label = torch.zeros_like(small(label)).expand(label.shape)  # what is gone adds nothing, if it was zero
+    label = rec.unite_along(label, dims, f"aten.{name}")
     return [label.reshape(part.shape) for part in tensors(out)]
+
+
+def _only_along(label: Tensor, dims: Sequence[int]) -> bool:
+    """Whether the labels differ along these dimensions and no other."""
+    found = [d for d in range(label.dim()) if varies(label, d)]
+    return bool(found) and set(found) <= set(dims)
 
 
 def along(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:

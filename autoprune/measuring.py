@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from autoprune import components, costs
 from autoprune.checks import check_seed
 from autoprune.core import InputError, Measurement, Progress, Silent, Task
+from autoprune.keywords import positional_task, unnamed
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency, Reference
 from autoprune.meters.profile import CostTable, Profile
@@ -38,6 +39,7 @@ def profile(
         MeasuringError: too few networks could be measured.
     """
     check_seed(seed)
+    task = positional_task(task)
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, max_ratio=max_ratio)
     meter = Latency(device_of(device), seed=seed)
@@ -48,12 +50,14 @@ def profile(
 
 def latency(
     model: nn.Module,
-    inputs: tuple[Tensor, ...],
+    inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
     *,
     device: str | Mapping[str, Any] | Device = "torch_cpu",
     seed: int = 0,
 ) -> Measurement:
-    """Milliseconds of model(*inputs) on a device, as a search's verdict measures them (see meters.latency.Latency)."""
+    """Milliseconds of model(*inputs), or model(**inputs), on a device, as a search's verdict measures them (see
+    meters.latency.Latency)."""
+    model, inputs, _ = unnamed(model, inputs)
     return Latency(device_of(device), seed=seed).measure(model, inputs)
 
 
@@ -66,6 +70,7 @@ def measured_again(
     Raises:
         InputError: the folder holds no run that measured a latency, or not of this task.
     """
+    task = positional_task(task)
     table = RatioTable.load(folder / "ratios.yaml")
     model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
     try:

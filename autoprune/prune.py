@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from autoprune import criteria
 from autoprune.core import InputError, PruningSpace
+from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
 from autoprune.space import trace
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
 FORMAT = 1
+Inputs = tuple[Tensor, ...] | Tensor | Mapping[str, Tensor]  # what a model is called with
 
 
 def choose_units(space: PruningSpace, scores: Sequence[criteria.Scores], ratios: Sequence[float]) -> tuple[Labels, ...]:
@@ -129,7 +131,7 @@ class RatioTable:
     def prune(
         self,
         model: nn.Module,
-        inputs: tuple[Tensor, ...] | Tensor,
+        inputs: Inputs,
         *,
         criterion: criteria.Criterion = criteria.l1,
         batches: Iterable[Any] = (),
@@ -148,18 +150,19 @@ class RatioTable:
         Raises:
             InputError: another architecture; the message names the first group that does not match.
         """
+        model, inputs, (batches, reconstruct) = unnamed(model, inputs, batches, reconstruct)
         traced, shown = self._match(model, inputs), list(reconstruct)
         table = self._ranked(traced, model, criterion, batches, loss)
         kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
         smaller = traced.cut(model, kept)
         if shown:
             Reconstruction(model, traced, shown).apply(smaller, kept)
-        return smaller
+        return named(smaller)
 
     def fitted(
         self,
         model: nn.Module,
-        inputs: tuple[Tensor, ...] | Tensor,
+        inputs: Inputs,
         *,
         criterion: criteria.Criterion = criteria.l1,
         batches: Iterable[Any] = (),
@@ -170,6 +173,7 @@ class RatioTable:
         Raises:
             InputError: another architecture; the message names the first group that does not match.
         """
+        model, inputs, (batches,) = unnamed(model, inputs, batches)
         return self._ranked(self._match(model, inputs), model, criterion, batches, loss)
 
     def _ranked(
@@ -189,12 +193,13 @@ class RatioTable:
         )
         return replace(self, groups=groups, weights=weights_hash(model), budgets=())
 
-    def rebuild(self, model: nn.Module, inputs: tuple[Tensor, ...] | Tensor, weights: str | Path) -> nn.Module:
+    def rebuild(self, model: nn.Module, inputs: Inputs, weights: str | Path) -> nn.Module:
         """The pruned network from any model of the dense architecture and the pruned weights (safetensors).
 
         Raises:
             InputError: another architecture, or weights that do not fit the pruned network.
         """
+        model, inputs, _ = unnamed(model, inputs)
         traced = self._match(model, inputs)
         smaller = traced.cut(model, [np.arange(len(g.units)) for g in self.groups])
         try:
@@ -202,10 +207,10 @@ class RatioTable:
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{weights} does not hold the weights of this pruned network: {first}") from error
-        return smaller
+        return named(smaller)
 
-    def _match(self, model: nn.Module, inputs: tuple[Tensor, ...] | Tensor) -> TracedModel:
-        traced = trace(model, inputs if isinstance(inputs, tuple) else (inputs,))
+    def _match(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
+        traced = trace(model, inputs)
         found = {g.name: g for g in traced.space.groups}
         for row in self.groups:
             group = found.get(row.name)

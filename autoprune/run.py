@@ -27,6 +27,7 @@ from autoprune.costs import Costs
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import FINAL
+from autoprune.keywords import named, positional_task
 from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants
@@ -117,7 +118,7 @@ def search(
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
         answer = searched(planner, evaluator, prices, study, final, progress)
-    return concluded(
+    result = concluded(
         evaluator,
         prices,
         answer,
@@ -128,6 +129,8 @@ def search(
         storage=storage,
         began=began,
     )
+    named(result.model)
+    return result
 
 
 def environment(
@@ -210,6 +213,7 @@ def _prepared(
 ) -> _Prepared:
     """Check everything, trace the model, price it, rank its units. check: what a traced model may still be refused for,
     before anything is measured."""
+    task = positional_task(task)
     asked = (budget,) if isinstance(budget, str) else tuple(budget)
     budgets = tuple(Budget.parse(text) for text in asked)
     costs.check_budgets(budgets)

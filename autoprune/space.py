@@ -21,7 +21,7 @@ from autoprune.borrowing import arguments, seeded
 from autoprune.core import InputError
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
-from autoprune.proof import deepest, failing, in_double, randomise
+from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise
 from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record
@@ -76,6 +76,9 @@ def explored(
         probe = _probe(model, inputs)
         exact, exact_inputs = in_double(probe, inputs) if _cheap(probe, inputs) else (probe, inputs)
         traced = _proven(probe, inputs, exact, exact_inputs, seed)
+        if exact is probe and any(DIFFERS in refusal.reason for refusal in traced.space.refused):
+            exact, exact_inputs = in_double(probe, inputs)  # it may be rounding alone
+            traced = _proven(probe, inputs, exact, exact_inputs, seed)
         choices = {g.name: _levels(g.size, levels, round_to, max_ratio) for g in traced.space.groups}
         choices = deepest(exact, exact_inputs, traced, choices, seed)
     return replace(traced, space=traced.space.with_levels(choices))

@@ -125,9 +125,9 @@ def _within(recording: Recording) -> Callable[..., None]:
 
 def _followed(recording: Recording) -> Callable[..., None]:
     def leave(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        recording.inside -= 1
         assert isinstance(module, nn.RNNBase)
         follow(recording, module, args, named, output)
+        recording.inside -= 1
 
     return leave
 

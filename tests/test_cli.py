@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -194,7 +195,13 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
-    shown = {"search": "epochs: 3", "profile": "held_out: 30", "finetune": "epochs: 3", "compare": "evaluations: 200"}
+    shown = {
+        "search": "epochs: 3",
+        "profile": "held_out: 30",
+        "doctor": "max_ratio: 0.9",
+        "finetune": "epochs: 3",
+        "compare": "evaluations: 200",
+    }
     assert shown.get(command, "RUN_DIR") in out
 
 
@@ -352,3 +359,15 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     results = [json.loads(p.read_text()) for p in Path("outputs").rglob("result.json")]
     assert len(results) == 1
     assert results[0]["search"]["evaluations"] == results[0]["search"]["trials"] - kept
+
+
+def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "doctor", "task._target_=tiny.make_task")
+    assert status == 0, err
+    assert "left whole" in out
+    assert "it is the model's output" in out
+    assert re.search(r"\d+ groups of \d+ units, traced and proven in", out)
+    assert re.search(r"in layers that some group cuts: [\d.]+ % of MACs, [\d.]+ % of parameters", out)
+    status, _, err = run(capsys, "doctor", "space.levels=1")
+    assert status == 2
+    assert "autoprune: space: levels must be >= 2" in err

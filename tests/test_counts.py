@@ -32,6 +32,27 @@ def test_macs_of_each_layer_type(layer: nn.Module, shape: tuple[int, ...], macs:
     assert Macs().measure(layer, (torch.zeros(shape),)).value == macs
 
 
+class Attending(nn.Module):
+    """3 heads of 2 dimensions over 5 tokens, 4 dimensions a value."""
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        heads = q.view(len(q), 5, 3, 6).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(heads[..., :2], heads[..., :2], heads[..., 2:])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.LSTM(8, 6, batch_first=True), (2, 5, 8), 5 * 4 * 6 * (8 + 6)),
+        (nn.GRU(8, 6, num_layers=2, bidirectional=True, batch_first=True), (2, 5, 8), 5 * 2 * 18 * (8 + 6 + 12 + 6)),
+        (nn.LSTM(8, 6, proj_size=4, batch_first=True), (2, 5, 8), 5 * (4 * 6 * (8 + 4) + 4 * 6)),
+        (Attending(), (2, 5, 18), 3 * 5 * 5 * (2 + 4)),
+    ],
+)
+def test_macs_of_attention_and_recurrent_layers(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    assert Macs().measure(layer, (torch.zeros(shape),)).value == macs
+
+
 def test_macs_are_of_one_example_and_name_what_is_not_counted() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
     one, four = (Macs().measure(model, (torch.zeros(n, 4),)) for n in (1, 4))

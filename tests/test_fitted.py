@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autoprune.core import Candidate, Group, Measurement, PruningSpace, Trial, Width, width_of
-from autoprune.meters.fitted import FittedCost, Sample, Shape, better, features, fit, stair_levels, step_of
+from autoprune.meters.fitted import FittedCost, Sample, Shape, _spread, better, features, fit, stair_levels, step_of
 from autoprune.meters.profile import _drawn
 
 SIZES = (16, 32, 64, 48)
@@ -171,6 +171,15 @@ def test_levels_lie_on_the_steps(cost: FittedCost) -> None:
     assert all(len(rows) <= 5 and rows[0] == 0.0 for rows in levels.values())
     SPACE.with_levels(levels)
     assert "g0" not in stair_levels(stairs, SPACE, 16), "what costs nothing keeps its levels"
+
+
+def test_levels_that_are_too_many_keep_whole_blocks() -> None:
+    worth = {width: 0.1 + 0.9 * width / 64 for width in range(64, 5, -1)}
+    assert _spread(worth, 9) == [64, 56, 48, 40, 32, 24, 16, 8, 6]
+    assert set(range(8, 65, 8)) < set(found := _spread(worth, 14))
+    assert len(found) == 14
+    assert max(np.diff(sorted(found))) <= 8
+    assert _spread(worth, 2) == [64, 6]
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import pytest
 import torch
 import yaml
 from tiny import make_task
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy
 
 import autoprune
 from autoprune import report
 from autoprune.answer import best
-from autoprune.borrowing import first
+from autoprune.borrowing import first, seeded
 from autoprune.core import InputError, Silent, Task
 from autoprune.evaluate import Scoring
 from autoprune.final import finetune_table, healed
@@ -326,3 +328,41 @@ def test_without_cuda_it_is_refused() -> None:
 )
 def test_what_is_said_of_a_budget_is_what_was_shown(met: bool | None, low: float, said: str) -> None:
     assert f"]{said}[/]" in report._verdict(met, low, limit=20.0)
+
+
+def test_a_task_whose_inputs_have_names_is_searched_reused_and_given_back_as_it_is() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, *, scale: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)) * scale)  # type: ignore[no-any-return]
+
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 6, generator=draw)
+    batches = [({"x": part, "scale": torch.ones(len(part), 1)}, part[:, :3].argmax(1)) for part in x.split(32)]
+    with seeded(0):
+        model = Named()
+    task = Task(
+        name="named",
+        model=model,
+        inputs=batches[0][0],
+        train=batches,
+        search=batches,
+        test=batches,
+        loss=nn.functional.cross_entropy,
+        metric=MulticlassAccuracy(3, average="micro"),
+        lr=0.1,
+    )
+    result = autoprune.search(task, budget="flops_50pct", strategy="uniform", final=FineTune(epochs=1))
+    assert result.met
+    assert type(result.model) is Named
+    assert type(task.model) is Named
+    assert result.model(**batches[0][0]).shape == (32, 3)
+    again = result.table.prune(model, batches[0][0], reconstruct=batches[:1])
+    assert type(again) is Named
+    assert [p.shape for p in again.parameters()] == [p.shape for p in result.model.parameters()]
+    broken = dataclasses.replace(task, search=[({"x": x}, x[:, :3].argmax(1))])
+    with pytest.raises(InputError, match="a batch has no 'scale'"):
+        autoprune.search(broken, budget="flops_50pct", strategy="uniform")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -189,6 +190,93 @@ class ViTBlock(nn.Module):
         return self.head(x.mean(1))
 
 
+class Tokens(nn.Module):
+    """Patches as tokens [N, 16, 16], a body, and the mean of what it gives; no normalisation binds the embedding."""
+
+    def __init__(self, body: nn.Module, width: int = 16) -> None:
+        super().__init__()
+        self.patch, self.body, self.head = nn.Conv2d(3, 16, 4, 4), body, nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Attention(nn.Module):
+    """Heads that the code counts anew; keys and values of fewer heads are repeated, and `rotary` scales what each head
+    holds by numbers of its own."""
+
+    def __init__(self, heads: int = 4, keys: int = 4, rotary: bool = False) -> None:
+        super().__init__()
+        self.dim, self.repeats = 16 // heads, heads // keys
+        self.q, self.k, self.v = nn.Linear(16, 16), nn.Linear(16, 4 * keys), nn.Linear(16, 4 * keys)
+        self.o = nn.Linear(16, 12)
+        self.turn = torch.linspace(0.5, 1.5, 16 * self.dim).view(1, 1, 16, self.dim) if rotary else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = (layer(x).view(n, t, -1, self.dim).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.turn is not None:
+            q, k = q * self.turn.to(q), k * self.turn.to(k)
+        k, v = (y.repeat_interleave(self.repeats, 1) for y in (k, v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1))
+
+
+class FusedAttention(nn.Module):
+    """One layer for queries, keys and values, sizes kept in attributes, products written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.head_dim, self.inner = 4, 4, 16
+        self.qkv, self.o = nn.Linear(16, 48), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) / self.head_dim**0.5).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(n, t, self.inner))
+
+
+class Projections(nn.Module):
+    """Layers that keep their width in an attribute and use it, as GPT-2's do."""
+
+    class Layer(nn.Module):
+        def __init__(self, i: int, o: int) -> None:
+            super().__init__()
+            self.width, self.weight, self.bias = o, nn.Parameter(torch.randn(i, o)), nn.Parameter(torch.zeros(o))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.width)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = self.Layer(16, 24), self.Layer(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.gelu(self.a(x)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.LSTM | nn.GRU], **settings: Any) -> None:
+        super().__init__()
+        self.rnn = kind(16, 12, batch_first=True, **settings)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]
+
+
+class Tied(nn.Module):
+    """The embedding's table is the decoder's weight too; outputs have names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.up, self.down = nn.Embedding(20, 12), nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        read = self.embedding((x[:, 0].flatten(1)[:, :9].abs() * 8).long() % 20)
+        hidden = self.down(F.relu(self.up(read)))
+        return {"logits": F.linear(hidden, self.embedding.weight), "length": hidden.square().sum(-1)}
+
+
 class UNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -283,6 +371,21 @@ ZOO = {
     "auto_encoder": Specimen(AutoEncoder, {"0.0": 8, "1.0": 12, "2": 10}),
     "mlp": Specimen(MLP, {"1": 24, "3": 16}),
     "vit_block": Specimen(ViTBlock, {"mlp.0": 32}),
+    "heads": Specimen(lambda: Tokens(Attention(), 12), {"patch": 16, "body.q": 4, "body.o": 12}),
+    "grouped_queries": Specimen(
+        lambda: Tokens(Attention(keys=2, rotary=True), 12), {"patch": 16, "body.q": 2, "body.o": 12}
+    ),
+    "fused_attention": Specimen(lambda: Tokens(FusedAttention(), 12), {"patch": 16, "body.qkv": 4, "body.o": 12}),
+    "projections": Specimen(lambda: Tokens(Projections(), 12), {"patch": 16, "body.a": 24, "body.b": 12}),
+    "lstm": Specimen(lambda: Tokens(Recurrent(nn.LSTM), 12), {"patch": 16, "body.rnn": 12}),
+    "lstm_projected": Specimen(
+        lambda: Tokens(Recurrent(nn.LSTM, proj_size=6, num_layers=2, bidirectional=True), 12),
+        {"patch": 16, "body.rnn#2": 6},
+    ),
+    "gru": Specimen(
+        lambda: Tokens(Recurrent(nn.GRU, num_layers=2, bidirectional=True), 24), {"patch": 16, "body.rnn": 12}
+    ),
+    "tied": Specimen(Tied, {"embedding": 12, "up": 24}),
     "unet": Specimen(UNet, {"down.0": 8, "middle.0": 12, "up.0": 6}),
     "zero_pad_shortcut": Specimen(ZeroPadShortcut, {"a.0": 8, "c.0": 12}),
     "shared": Specimen(Shared, {"a.0": 8, "c.0": 12}),

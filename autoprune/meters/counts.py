@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from typing import Any
 
@@ -15,12 +16,35 @@ from autoprune.borrowing import arguments, evaluating, seeded
 from autoprune.core import Measurement
 
 
+def _attention(inputs: list[Any], outputs: list[Any]) -> float:
+    """[..., T, D] queries against [..., S, D] keys, and what that weighs of [..., S, E] values."""
+    query, key, value = (value.type().sizes() for value in inputs[:3])
+    return float(math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1]))
+
+
+def _recurrent(inputs: list[Any], outputs: list[Any]) -> float:
+    """Every weight matrix once a step."""
+    sequence = inputs[0].type().sizes()
+    weights = next(v for v in inputs if v.type().kind() == "ListType" and _matrices(v))
+    return float(math.prod(sequence[:-1]) * sum(_matrices(weights)))
+
+
+def _matrices(tensors: Any) -> list[int]:
+    """Elements of those of a list's tensors that are matrices, where the list was made of parameters."""
+    sizes = [value.type().sizes() for value in tensors.node().inputs()]
+    return [math.prod(size) for size in sizes if size is not None and len(size) == 2]
+
+
+OTHERS = {"scaled_dot_product_attention": _attention}
+OTHERS |= dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), _recurrent)
+
+
 class Macs:
     """Multiply-accumulates an example of the forward pass, counted by fvcore.
 
-    fvcore calls them flops; it counts convolutions, matrix products, normalisations and some resampling, and the
-    operations it saw but does not count are in the notes (activations, additions, pooling by `mean`, attention
-    kernels). 1 MAC is 2 FLOPs.
+    fvcore calls them flops; it counts convolutions, matrix products, normalisations and some resampling, and is taught
+    here to count attention kernels and recurrent layers by their matrix products. The operations it saw but does not
+    count are in the notes (activations, additions, pooling by `mean`). 1 MAC is 2 FLOPs.
     """
 
     name, unit = "macs", "MACs"
@@ -34,6 +58,7 @@ class Macs:
         try:
             with torch.no_grad(), evaluating(model), seeded(0):
                 analysis = FlopCountAnalysis(model, arguments(tuple(x[:1] for x in inputs)))
+                analysis.set_op_handle(**{f"aten::{name}": count for name, count in OTHERS.items()})
                 analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
                 analysis.tracer_warnings("none")
                 total = float(analysis.total())
@@ -85,18 +110,44 @@ def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> LiveBytes:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made by operations: `now` alive, the largest sum seen (`peak`), and of all (`total`)."""
+    """Bytes of the storages made by operations: `now` alive, the largest sum seen (`peak`), and of all (`total`). Of a
+    recurrent module what it returns, as of one operation."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.total = 0
+        self._hooks: list[Any] = []
+        self._inside = 0  # recurrent modules, whose scratch space depends on the kernel
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                self._hooks += [
+                    module.register_forward_pre_hook(self._enter),
+                    module.register_forward_hook(self._leave),
+                ]
         self._known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers(), *inputs]}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        if not self._inside:
+            self._count(out)
+        return out
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _enter(self, module: nn.Module, args: object) -> None:
+        self._inside += 1
+
+    def _leave(self, module: nn.Module, args: object, output: object) -> None:
+        self._inside -= 1
+        self._count(output)
+
+    def _count(self, made: object) -> None:
+        for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
                 storage, size = tensor.untyped_storage(), tensor.numel() * tensor.element_size()
                 self._known.add(storage._cdata)
@@ -104,7 +155,6 @@ class LiveBytes(TorchDispatchMode):
                 self.total += size
                 self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._forget, storage._cdata, size)
-        return out
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
