@@ -115,8 +115,8 @@ def constant_pad_nd(rec: Recording, func: Any, name: str, given: dict[str, Any],
 def split(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> Any:
     label, dim = rec.label(given["self"]), given.get("dim", 0)
     sizes = [part.shape[dim] for part in out]
-    _parts(rec, f"aten.{name}", label, dim % label.dim(), sizes[0], len(set(sizes)) == 1 and len(sizes) > 1)
-    return list(torch.split(label, sizes, dim))
+    parts = list(torch.split(label, sizes, dim))
+    return _parts(rec, f"aten.{name}", label, dim % label.dim(), parts, len(set(sizes)) == 1 and len(sizes) > 1)
 
 
 def slice_(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Any:
@@ -126,22 +126,31 @@ def slice_(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Ten
         start = range(label.shape[dim])[slice(given.get("start"), None)].start
         even = step == 1 and label.shape[dim] % size == 0 and start % size == 0
         if step == 1:
-            _parts(rec, f"aten.{name}", label, dim, size, even)
-        else:
-            rec.keep_label(label, f"aten.{name} with a step")
+            return _parts(rec, f"aten.{name}", label, dim, [label.narrow(dim, start, size)], even)[0]
+        rec.keep_label(label, f"aten.{name} with a step")
     return func(label, **{k: v for k, v in given.items() if k != "self"})
 
 
-def _parts(rec: Recording, operation: str, label: Tensor, dim: int, size: int, even: bool) -> None:
-    """A labelled dimension is cut into parts. Even parts may have been computed from the whole, and then stay
-    even: position i of every part is one unit. Otherwise each part is free."""
+def _parts(
+    rec: Recording, operation: str, label: Tensor, dim: int, parts: list[Tensor], even: bool
+) -> list[Tensor]:
+    """A labelled dimension is cut into parts. Readings: even parts were computed from the whole, and stay even:
+    position i of every part is one unit; each part is free; the sizes of all but the last, or of all but the first, are
+    fixed in the model's Python (of a slice: its own), so that no unit is in them. Returns the labels of the parts."""
     if not varies(label, dim):
-        return
-    chosen = rec.site(label, 3 if even else 2, (size,))
-    if chosen == (2 if even else 1):
+        return parts
+    last = len(parts) - 1
+    fixed = [{0}] if last == 0 else [set(range(last)), set(range(1, last + 1))]
+    chosen = rec.site(label, even + 1 + len(fixed) + 1, [part.shape[dim] for part in parts], parts) - even
+    if chosen == -1:
+        rec.unite_modulo(label, dim, parts[0].shape[dim], operation)
+    elif chosen > len(fixed):
         rec.keep_label(label, operation)
-    elif even and chosen == 0:
-        rec.unite_modulo(label, dim, size, operation)
+    elif chosen > 0:
+        for i in fixed[chosen - 1]:
+            rec.keep_label(parts[i], operation)
+            parts[i] = torch.zeros_like(small(parts[i])).expand(parts[i].shape)
+    return parts
 
 
 def select(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
@@ -194,12 +203,7 @@ def pointwise(rec: Recording, func: Any, name: str, given: dict[str, Any], out: 
 def batch_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["input"])
     channels = rec.channel_units(label, 1, f"aten.{name}")
-    for tensor in (given.get(k) for k in ("weight", "bias", "running_mean", "running_var")):
-        if isinstance(tensor, Tensor) and tensor in rec.sources:
-            source, index = rec.source(tensor)
-            rec.tie(source, index, torch.from_numpy(channels), f"aten.{name}")
-        elif isinstance(tensor, Tensor):
-            rec.units.keep_whole(channels, f"aten.{name} with a computed parameter")
+    _tied(rec, name, given, channels)
     training = bool(given.get("training", given.get("use_input_stats", False)))
     affine = isinstance(given.get("weight"), Tensor)
     rec.count(label, (4 if training else 1) + affine)
@@ -215,10 +219,24 @@ def layer_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out:
 
 
 def native_group_norm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
-    label = rec.label(given["input"])
-    rec.keep_label(label, f"aten.{name}, which mixes the units")
+    """What is averaged over together is one unit, if the module that holds the number of groups lets it fall."""
+    label, groups, operation = rec.label(given["input"]), given["group"], f"aten.{name}, which mixes the units"
+    channels = rec.channel_units(label, 1, operation)
+    if groups == 1 or rec.site(label, 2, (groups,)) == 1:
+        rec.keep_label(label, operation)
+    rec.units.unite_within(channels.reshape(groups, -1), operation)
+    _tied(rec, name, given, channels)
     rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
     return [label]
+
+
+def _tied(rec: Recording, name: str, given: dict[str, Any], channels: Labels) -> None:
+    """The scales, offsets and statistics of a normalisation go with its channels."""
+    for tensor in (given.get(k) for k in ("weight", "bias", "running_mean", "running_var")):
+        if isinstance(tensor, Tensor) and tensor in rec.sources:
+            rec.tie(*rec.source(tensor), torch.from_numpy(channels), f"aten.{name}")
+        elif isinstance(tensor, Tensor):
+            rec.units.keep_whole(channels, f"aten.{name} with a computed parameter")
 
 
 def reduce(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:

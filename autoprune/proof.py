@@ -158,17 +158,25 @@ def _link_attributes(
     probe: nn.Module, recording: Recording, traced: TracedModel, group: int
 ) -> Collection[SizeAttribute]:
     """Integer attributes that hold a size tied to this group's width: of the modules at its sites, and of those whose
-    parameters make it."""
+    parameters make it; and lists of the sizes of a site's parts."""
     size = traced.space.groups[group].size
     owned = {recording.units.find(int(label)) for label in labels_of(recording, traced, group)}
+
+    def concerns(labels: Labels) -> bool:
+        return bool({recording.units.find(int(label)) for label in labels if label} & owned)
+
     links = set()
     for site in recording.sites.values():
-        if not {recording.units.find(int(label)) for label in site.labels if label} & owned:
+        if not concerns(site.labels):
             continue
         for module in site.modules:
             for attribute, value in vars(probe.get_submodule(module)).items():
                 if type(value) is int and value in site.sizes and value % size == 0 and value > 1:
                     links.add(SizeAttribute(module, attribute, group, value // size))
+                elif site.parts and type(value) in (list, tuple) and tuple(value) == site.sizes:
+                    for i, part in enumerate(site.parts):
+                        if concerns(part) and value[i] % size == 0:
+                            links.add(SizeAttribute(module, attribute, group, value[i] // size, i))
     shapes = {name: tensor.shape for name, tensor in tensors_of(probe)}
     for piece in (piece for piece in traced.slices[group] if piece.role != "in"):
         whole, module = shapes[piece.tensor][piece.dim], piece.tensor.rpartition(".")[0]
@@ -178,8 +186,8 @@ def _link_attributes(
     return links
 
 
-def _place(link: SizeAttribute) -> tuple[str, str, int]:
-    return link.module, link.attribute, link.group
+def _place(link: SizeAttribute) -> tuple[str, str, int, int]:
+    return link.module, link.attribute, link.group, -1 if link.place is None else link.place
 
 
 def _kind(probe: nn.Module, link: SizeAttribute) -> tuple[str, str]:

@@ -35,12 +35,14 @@ class Contraction:
 
 @dataclass
 class Site:
-    """A place where the model's Python chose sizes: how it may be read, and which units it concerns."""
+    """A place where the model's Python chose sizes: how it may be read, and which units it concerns; parts: those of
+    each size, where something is cut into parts."""
 
     labels: Labels
     readings: int
     modules: tuple[str, ...]
     sizes: tuple[int, ...]
+    parts: tuple[Labels, ...]
 
 
 Place = tuple[int, int]  # of a site: the operation's number, and which of its sites
@@ -116,11 +118,12 @@ class Recording:
         """The label with units that became one told as one."""
         return torch.from_numpy(self.units.roots(small(label).numpy())).expand(label.shape)
 
-    def site(self, labels: Tensor, readings: int, sizes: Sequence[int]) -> int:
+    def site(self, labels: Tensor, readings: int, sizes: Sequence[int], parts: Sequence[Tensor] = ()) -> int:
         """The reading to take here. The last of a site's readings is always "keep these units whole"."""
         of_this = sum(operation == self.operations for operation, _ in self.sites)
         place = self.operations, of_this
-        self.sites[place] = Site(np.unique(small(labels).numpy()), readings, tuple(self.stack), tuple(sizes))
+        whole, *each = (np.unique(small(some).numpy()) for some in (labels, *parts))
+        self.sites[place] = Site(whole, readings, tuple(self.stack), tuple(sizes), tuple(each))
         return min(self.readings.get(place, 0), readings - 1)
 
     def tie(self, source: str, index: Tensor, label: Tensor, operation: str) -> None:

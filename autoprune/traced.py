@@ -23,12 +23,14 @@ GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # stacked in one we
 
 @dataclass(frozen=True)
 class SizeAttribute:
-    """An integer attribute of a module that caches a group's width: per_unit x the units kept."""
+    """An integer attribute of a module that caches a group's width: per_unit x the units kept. place: of the integer
+    in an attribute that is a list or a tuple of them."""
 
     module: str
     attribute: str
     group: int
     per_unit: int
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,16 @@ class TracedModel:
                 rows, module.input_size = module.get_parameter("weight_ih_l0").shape
                 module.hidden_size = rows // GATES[module.mode]
                 module.proj_size = len(module.get_parameter("weight_hr_l0")) if module.proj_size else 0
+            elif isinstance(module, nn.GroupNorm) and module.affine:
+                module.num_channels = len(module.weight)
             elif isinstance(module, nn.PReLU):
                 module.num_parameters = len(module.weight)
         for link in self.attributes:
-            setattr(model.get_submodule(link.module), link.attribute, link.per_unit * kept[link.group])
+            module, size = model.get_submodule(link.module), link.per_unit * kept[link.group]
+            if link.place is not None:
+                listed = getattr(module, link.attribute)
+                size = type(listed)(size if i == link.place else n for i, n in enumerate(listed))
+            setattr(module, link.attribute, size)
 
 
 def widths(slices: Sequence[Sequence[Slice]], shapes: Mapping[str, Sequence[int]]) -> dict[str, dict[int, Width]]:

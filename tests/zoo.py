@@ -135,6 +135,32 @@ class Slices(nn.Module):
         return self.head(self.b(x[:, :half] * torch.sigmoid(x[:, half:])).mean((2, 3)))
 
 
+class ListedSplit(nn.Module):
+    """Depthwise kernels of several sizes, as in MixNet: how many channels each gets is kept in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.sizes = conv(3, 6), conv(6, 12), nn.Linear(12, 5), [4, 2]
+        self.mixed = nn.ModuleList(conv(n, n, k, g=n) for n, k in zip(self.sizes, (3, 5), strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(self.a(x), self.sizes, 1)
+        x = torch.cat([mixed(part) for mixed, part in zip(self.mixed, parts, strict=True)], 1)
+        return self.head(self.b(x).mean((2, 3)))
+
+
+class FixedSplit(nn.Module):
+    """The first two channels are a gate, by the code; the others are as many as there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = torch.split(self.a(x), [2, self.a[0].weight.shape[0] - 2], 1)
+        return self.head(self.b(x * torch.sigmoid(gate.mean(1, keepdim=True))).mean((2, 3)))
+
+
 class SuperResolution(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(conv(3, 8), conv(8, 16), nn.PixelShuffle(2), conv(4, 12), nn.Conv2d(12, 3, 3, padding=1))
@@ -326,9 +352,10 @@ class Unknown(nn.Module):
 
 
 class GroupNormed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 2) -> None:
         super().__init__()
-        self.a, self.norm, self.b, self.head = nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), conv(8, 12), nn.Linear(12, 5)
+        self.a, self.norm, self.b = nn.Conv2d(3, 8, 3), nn.GroupNorm(groups, 8), conv(8, 12)
+        self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.relu(self.norm(self.a(x)))).mean((2, 3)))
@@ -390,5 +417,8 @@ ZOO = {
     "zero_pad_shortcut": Specimen(ZeroPadShortcut, {"a.0": 8, "c.0": 12}),
     "shared": Specimen(Shared, {"a.0": 8, "c.0": 12}),
     "unknown": Specimen(Unknown, {"b.0": 12}),
-    "group_normed": Specimen(GroupNormed, {"b.0": 12}),
+    "group_normed": Specimen(GroupNormed, {"a": 2, "b.0": 12}),
+    "group_normed_by_one": Specimen(lambda: GroupNormed(1), {"b.0": 12}),
+    "listed_split": Specimen(ListedSplit, {"a.0": 4, "a.0#2": 2, "b.0": 12}),
+    "fixed_split": Specimen(FixedSplit, {"a.0#2": 6, "b.0": 12}),
 }
