@@ -29,8 +29,10 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
     refusals: list[Refusal] = []
     group_of = np.full(recording.units.count + 1, -1)
     named: Counter[str] = Counter()
-    for roots in _alike(slots, recording.units.count):
-        own = [slot for slot in slots if slot.owns(roots[0])]
+    alike = _alike(slots, recording.units.count)
+    owned = [slot.owns(np.array([roots[0] for roots in alike], dtype=np.int64)) for slot in slots]
+    for number, roots in enumerate(alike):
+        own = [slot for slot, owns in zip(slots, owned, strict=True) if owns[number]]
         made_by = [slot.tensor for slot in own if (slot.tensor, slot.dim) in recording.made]
         base = owner((made_by or [own[0].tensor])[0])
         named[base] += 1
@@ -77,9 +79,12 @@ class _Slot:
     def counts(self) -> Labels:
         return np.diff(self.starts)
 
-    def owns(self, unit: int) -> bool:
-        at = int(np.searchsorted(self.units, unit))
-        return at < len(self.units) and self.units[at] == unit
+    def owns(self, units: Labels) -> NDArray[np.bool_]:
+        """Of each unit [U], whether it is among the owners."""
+        if not len(self.units):
+            return np.zeros(len(units), dtype=bool)
+        at = np.searchsorted(self.units, units).clip(max=len(self.units) - 1)
+        return np.asarray(self.units[at] == units)
 
     def positions(self, units: Labels) -> Labels:
         """Of units that own equally many, [U, P]."""

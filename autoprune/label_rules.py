@@ -131,9 +131,7 @@ def slice_(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Ten
     return func(label, **{k: v for k, v in given.items() if k != "self"})
 
 
-def _parts(
-    rec: Recording, operation: str, label: Tensor, dim: int, parts: list[Tensor], even: bool
-) -> list[Tensor]:
+def _parts(rec: Recording, operation: str, label: Tensor, dim: int, parts: list[Tensor], even: bool) -> list[Tensor]:
     """A labelled dimension is cut into parts. Readings: even parts were computed from the whole, and stay even:
     position i of every part is one unit; each part is free; the sizes of all but the last, or of all but the first, are
     fixed in the model's Python (of a slice: its own), so that no unit is in them. Returns the labels of the parts."""

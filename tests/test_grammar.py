@@ -82,6 +82,6 @@ def test_no_accepted_group_is_wrong(portion: int) -> None:
 
 
 def test_the_grammar_is_drawn_from_whole() -> None:
-    words = collections.Counter(word for seed in range(500) for word in drawn(seed).words)  # type: ignore[attr-defined]
+    words = collections.Counter(word for seed in range(500) for word in Drawn(seed).words)
     assert len(words) == 14
     assert min(words.values()) >= 50, words

@@ -172,7 +172,7 @@ def test_parameters_are_those_torch_pruning_leaves(name: str) -> None:
     ("name", "layer", "operation"),
     [
         ("vit_block", "patch", "aten.native_layer_norm"),
-        ("group_normed", "a", "aten.native_group_norm"),
+        ("group_normed_by_one", "a", "aten.native_group_norm"),
         ("unknown", "a.0", "aten.cumprod"),
         ("plain", "4", "the model's output"),
     ],

@@ -157,7 +157,8 @@ class FixedSplit(nn.Module):
         self.a, self.b, self.head = conv(3, 8), conv(6, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, x = torch.split(self.a(x), [2, self.a[0].weight.shape[0] - 2], 1)
+        x = self.a(x)
+        gate, x = torch.split(x, [2, x.shape[1] - 2], 1)
         return self.head(self.b(x * torch.sigmoid(gate.mean(1, keepdim=True))).mean((2, 3)))
 
 
