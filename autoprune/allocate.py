@@ -87,6 +87,22 @@ def evenly(
     raise InfeasibleError
 
 
+def globally(
+    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
+) -> tuple[int, ...]:
+    """The level indices of the first of the space's thresholds that `keeps` every limit; as `evenly`, one threshold of
+    importance standing for one ratio.
+
+    Raises:
+        InfeasibleError: no threshold does, or the space has none.
+    """
+    for ratios in space.thresholds:
+        levels = tuple(g.levels.index(ratio) for g, ratio in zip(space.groups, ratios, strict=True))
+        if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
+            return levels
+    raise InfeasibleError
+
+
 def allocate(
     losses: Sequence[Floats], limits: Sequence[tuple[CostForm, float]], *, seconds: float = 30.0, gap: float = 1e-6
 ) -> Allocation:

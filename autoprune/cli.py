@@ -117,14 +117,14 @@ def _search(words: Sequence[str]) -> int:
 
 def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a search and a comparison of searches are given alike."""
-    from autoprune import run
     from autoprune.evaluate import Scoring
     from autoprune.recover import FineTune
+    from autoprune.space import Space
 
     scoring = {k: v for k, v in config["evaluator"].items() if k != "cache"}
     scoring["short"] = made(FineTune, scoring["short"], "evaluator.short")
     return {
-        "space": made(run.Space, config["space"], "space"),
+        "space": made(Space, config["space"], "space"),
         "scoring": made(Scoring, scoring, "evaluator"),
         "final": made(FineTune, config["finetune"], "finetune"),
         "profile": _profile_plan(config["profile"]),
@@ -170,10 +170,12 @@ def _compare(words: Sequence[str]) -> int:
 def _doctor(words: Sequence[str]) -> int:
     config = configured("doctor", words)
     from autoprune import diagnosis, report
+    from autoprune.space import Space
 
+    space = made(Space, config["space"], "space")
     task = make_task(config["task"])
     with _watched() as screen:
-        found = diagnosis.doctor(task, **config["space"], progress=screen)
+        found = diagnosis.doctor(task, space, progress=screen)
     report.show_diagnosis(found)
     return MET
 

@@ -89,10 +89,15 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """The ordered groups of one model (G of them), and what was refused."""
+    """The ordered groups of one model (G of them), and what was refused.
+
+    thresholds: candidates [G] that one threshold of importance over all groups together leads to, from the least that
+    is removed to the most; empty where the units of different groups are not compared.
+    """
 
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...] = ()
+    thresholds: tuple[tuple[float, ...], ...] = ()
 
     def dense(self) -> tuple[float, ...]:
         """The candidate that removes nothing."""
@@ -126,12 +131,16 @@ class PruningSpace:
     def with_levels(self, levels: Mapping[str, Sequence[float]]) -> PruningSpace:
         """The same space with other levels for the groups named."""
         groups = (dataclasses.replace(g, levels=tuple(levels.get(g.name, g.levels))) for g in self.groups)
-        return PruningSpace(tuple(groups), self.refused)
+        return PruningSpace(tuple(groups), self.refused, self.thresholds)
+
+
+FLAT = -1  # in place of a dimension
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What a group owns in one parameter or buffer: unit u owns positions[u] ([U, P] in all) along dim.
+    """What a group owns in one parameter or buffer: unit u owns positions[u] ([U, P] in all) along dim, or, where dim
+    is FLAT, of the flattened tensor.
 
     role: "out" where a layer's weight makes the unit, "in" where a weight reads it, "with" for what goes with it
     (bias, normalisation, scale).

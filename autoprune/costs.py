@@ -136,6 +136,11 @@ def priced(
 ) -> Costs:
     """Count the dense network; where a budget needs it, measure it and find or build the device's cost table."""
     limited = {b.cost for b in budgets}
+    if not traced.narrows and (beyond := limited - {"macs", "params"}):
+        raise InputError(
+            f"budget: {sorted(beyond)[0]} is not lowered by masks, which leave every tensor as large as it was; with "
+            f"space={traced.grain[0]} limit params, flops or macs"
+        )
     relative = {b.cost for b in budgets if b.unit == "dense"}
     dense = counted(task.model, task.inputs)
     meters: dict[str, Meter] = dict(COUNTING)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.borrowing import arguments, evaluating
-from autoprune.core import Slice
+from autoprune.core import FLAT, Slice
 
 Scores = NDArray[np.float64]
 Groups = Sequence[Sequence[Slice]]
@@ -107,6 +107,8 @@ def _norm(model: nn.Module, groups: Groups, order: int) -> tuple[Scores, ...]:
 
 def _per_unit(values: Tensor, piece: Slice) -> Scores:
     """Sum of the values that each unit owns along the slice's dimension, [U]."""
+    if piece.dim == FLAT:
+        return np.asarray(values.flatten().double().cpu().numpy()[piece.positions].sum(axis=1), dtype=np.float64)
     along = values.movedim(piece.dim, 0).reshape(values.shape[piece.dim], -1).double().sum(1).cpu().numpy()
     return np.asarray(along[piece.positions].sum(axis=1), dtype=np.float64)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from autoprune.checks import check_task
 from autoprune.core import Progress, Silent, Task, Term, amount_of
 from autoprune.keywords import positional_task
-from autoprune.space import explored
+from autoprune.space import Space, explored
 from autoprune.traced import TracedModel
 
 
@@ -28,10 +28,8 @@ class Diagnosis:
     seconds: float
 
 
-def doctor(
-    task: Task, *, levels: int = 16, round_to: int = 1, max_ratio: float = 0.9, progress: Progress = Silent()
-) -> Diagnosis:
-    """Trace a task's model and prove its groups, as a search does first. The keywords are those of a search's space.
+def doctor(task: Task, space: Space = Space(), *, progress: Progress = Silent()) -> Diagnosis:
+    """Trace a task's model and prove its groups, as a search does first.
 
     Raises:
         InputError: the task is wrong, or its model does not run on its inputs.
@@ -40,7 +38,7 @@ def doctor(
     check_task(task)
     progress.stage("tracing", None)
     began = time.perf_counter()
-    traced = explored(task.model, task.inputs, levels=levels, round_to=round_to, max_ratio=max_ratio)
+    traced = explored(task.model, task.inputs, space)
     seconds = time.perf_counter() - began
     dense = [g.size for g in traced.space.groups]
     least = [g.kept(g.levels[-1]) for g in traced.space.groups]

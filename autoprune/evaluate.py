@@ -163,7 +163,7 @@ class Evaluator:
         source = self.dense_model if candidate.parent is None else self._spread(candidate.parent, kept)
         model = self.traced.cut(source, kept).eval()
         if candidate.recovery != "none":
-            if "reconstruct" in self.scoring.recovery:
+            if "reconstruct" in self.scoring.recovery and self.traced.narrows:
                 self._reconstruct(model, kept, source, candidate.parent)
             if "bn_recalibrate" in self.scoring.recovery:
                 recalibrate(model, self.recalibration)

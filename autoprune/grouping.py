@@ -170,7 +170,7 @@ def _with_costs(
     ]
     return replace(
         traced,
-        space=PruningSpace(tuple(groups), traced.space.refused),
+        space=replace(traced.space, groups=tuple(groups)),
         macs=tuple(macs),
         params=tuple(params),
         weights=tuple(weights),

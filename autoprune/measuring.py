@@ -18,7 +18,7 @@ from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency, Reference
 from autoprune.meters.profile import CostTable, Profile
 from autoprune.prune import RatioTable
-from autoprune.space import trace
+from autoprune.space import Space, trace
 from autoprune.traced import TracedModel
 
 
@@ -41,7 +41,7 @@ def profile(
     check_seed(seed)
     task = positional_task(task)
     progress.stage("tracing", None)
-    traced = trace(task.model, task.inputs, max_ratio=max_ratio)
+    traced = trace(task.model, task.inputs, Space(max_ratio=max_ratio))
     meter = Latency(device_of(device), seed=seed)
     folder = None if tables is None else Path(tables)
     table = costs.table_for(task, traced, meter, plan=plan, folder=folder, seed=seed, progress=progress, refresh=True)

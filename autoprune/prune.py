@@ -5,6 +5,7 @@ Letters: G groups, U units of one group.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from autoprune import criteria
 from autoprune.core import InputError, PruningSpace
 from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
-from autoprune.space import trace
+from autoprune.space import Space, trace
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
@@ -66,7 +67,8 @@ class RatioTable:
     """How much to prune from each group of one architecture, with where that comes from.
 
     architecture: fingerprint of the dense model's parameter names and shapes; weights: hash of its values.
-    budgets: what was asked and reached, one mapping a budget.
+    budgets: what was asked and reached, one mapping a budget. grain: what the units are, as of autoprune.space.Space,
+    several joined by "+".
     """
 
     groups: tuple[TableGroup, ...]
@@ -93,7 +95,7 @@ class RatioTable:
                     "kept": len(g.units),
                     "ratio": round(g.ratio, 6),
                     "members": list(g.members),
-                    "units": list(g.units),
+                    **({"bits": _packed(g)} if self.grain == "weight" else {"units": list(g.units)}),
                 }
                 for g in self.groups
             },
@@ -125,7 +127,7 @@ class RatioTable:
                 budgets=tuple(values["budgets"]),
                 provenance=values["provenance"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"ratio table {path} is damaged: {type(error).__name__} {error}") from error
 
     def prune(
@@ -155,7 +157,7 @@ class RatioTable:
         table = self._ranked(traced, model, criterion, batches, loss)
         kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
         smaller = traced.cut(model, kept)
-        if shown:
+        if shown and traced.narrows:
             Reconstruction(model, traced, shown).apply(smaller, kept)
         return named(smaller)
 
@@ -210,7 +212,8 @@ class RatioTable:
         return named(smaller)
 
     def _match(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
-        traced = trace(model, inputs)
+        per_row = self.groups[0].size if self.grain == "n_m" and self.groups else Space.m
+        traced = trace(model, inputs, Space(grain=tuple(self.grain.split("+")), m=per_row))
         found = {g.name: g for g in traced.space.groups}
         for row in self.groups:
             group = found.get(row.name)
@@ -238,13 +241,25 @@ class RatioTable:
 
 
 def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
-    size, units = row["size"], tuple(row["units"])
+    size, units = row["size"], tuple(row["units"]) if "units" in row else _unpacked(row["bits"], row["size"])
     whole = isinstance(size, int) and all(type(u) is int for u in units)
     if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not 0 < len(units) <= size:
         raise InputError(f"ratio table {path}: group '{name}' must keep 1 to {size} distinct ascending units")
     if units[0] < 0 or units[-1] >= size:
         raise InputError(f"ratio table {path}: units of group '{name}' must lie in 0..{size - 1}")
     return TableGroup(name=name, size=size, units=units, members=tuple(row["members"]))
+
+
+def _packed(group: TableGroup) -> str:
+    """Which of many units are kept, a bit each, in base64."""
+    kept = np.zeros(group.size, dtype=bool)
+    kept[list(group.units)] = True
+    return base64.b64encode(np.packbits(kept).tobytes()).decode()
+
+
+def _unpacked(bits: str, size: int) -> tuple[int, ...]:
+    kept = np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8), count=size)
+    return tuple(np.flatnonzero(kept).tolist())
 
 
 class _Dumper(yaml.SafeDumper):

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,22 +35,12 @@ from autoprune.meters.profile import Profile
 from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
-from autoprune.space import trace
+from autoprune.space import Space, trace
 from autoprune.study import Study, check_storage
 from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
 
 Kind = TypeVar("Kind")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Space:
-    """Which ratios a group may take: at most `levels` of them, widths kept being multiples of round_to, no group
-    losing more than max_ratio."""
-
-    levels: int = 16
-    round_to: int = 1
-    max_ratio: float = 0.9
 
 
 def search(
@@ -225,7 +215,7 @@ def _prepared(
         check_writable(Path(cache), "evaluator.cache")
     check_task(task)
     progress.stage("tracing", None)
-    traced = trace(task.model, task.inputs, **asdict(space))
+    traced = trace(task.model, task.inputs, space)
     progress.say(_summary(task, traced))
     check(traced)
     prices = costs.priced(
@@ -284,5 +274,7 @@ def _study_name(
 
 def _summary(task: Task, traced: TracedModel) -> str:
     units = sum(g.size for g in traced.space.groups)
+    if not traced.narrows:
+        return f"{task.name}: {len(traced.space.groups)} layers to be masked"
     refused = f"; {len(traced.space.refused)} kept whole" if traced.space.refused else ""
     return f"{task.name}: {len(traced.space.groups)} groups of {units} units, every group proven{refused}"

@@ -9,46 +9,74 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import is_pruned
 from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments, seeded
-from autoprune.core import InputError
+from autoprune.core import InputError, check_rules
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
+from autoprune.masks import MASK_GRAINS, masked
 from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise
 from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record
 
+WIDTH_GRAINS = ("channel", "head", "block")
 MAX_ATTEMPTS = 12
 DOUBLE = 1e9  # MACs of a pass that is made in double precision
 
 
-def trace(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
-    *,
-    levels: int = 16,
-    round_to: int = 1,
-    max_ratio: float = 0.9,
-    seed: int = 0,
-) -> TracedModel:
-    """The pruning space of a model called as model(*inputs), or as model(**inputs) where they have names, each group
-    proven. The model is not touched.
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What is pruned, and which ratios a group may take.
 
-    levels: at most so many ratios a group, 0.0 included. round_to: widths kept are multiples of it (groups narrower
-    than twice that are left in steps of one). max_ratio: no group loses more than this fraction.
+    grain: of "channel" (every width: channels, neurons, attention heads, hidden units), "head" (attention heads alone)
+    and "block" (residual blocks that can be left out) one or several; or one of "weight" and "n_m", which mask single
+    weights (masks.py). levels: at most so many ratios a group, 0.0 included. round_to: widths kept are multiples of it
+    (groups narrower than twice that are left in steps of one). max_ratio: no group loses more than this fraction. m: of
+    "n_m".
+
+    Raises:
+        InputError: a setting is out of its range, or the grains do not go together.
+    """
+
+    grain: Sequence[str] = ("channel",)
+    levels: int = 16
+    round_to: int = 1
+    max_ratio: float = 0.9
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        known = (*WIDTH_GRAINS, *MASK_GRAINS)
+        together = len(self.grain) == 1 or not set(self.grain) & set(MASK_GRAINS)
+        rules = {
+            f"grain must be one or several of {', '.join(known)}": bool(self.grain) and set(self.grain) <= set(known),
+            f"grain {' and '.join(MASK_GRAINS)} each stand alone:": together,
+            "levels >= 2": self.levels >= 2,
+            "round_to >= 1": self.round_to >= 1,
+            "max_ratio must lie between 0 and 1": 0 < self.max_ratio < 1,
+            "m >= 2": self.m >= 2,
+        }
+        check_rules("space", rules, {**vars(self), "grain": ", ".join(self.grain)})
+
+
+def trace(
+    model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tensor], space: Space = Space(), *, seed: int = 0
+) -> TracedModel:
+    """What can be pruned of a model called as model(*inputs), or as model(**inputs) where they have names, each group
+    proven. The model is not touched.
 
     Raises:
         InputError: the model does not run on its inputs, or nothing in it can be pruned.
     """
-    traced = explored(model, inputs, levels=levels, round_to=round_to, max_ratio=max_ratio, seed=seed)
+    traced = explored(model, inputs, space, seed=seed)
     if not traced.space.groups:
         reasons = "; ".join(f"{r.name}: {r.reason}" for r in traced.space.refused[:5])
         raise InputError(f"nothing in this model can be pruned: {reasons or 'it has no convolution or linear layer'}")
@@ -56,36 +84,31 @@ def trace(
 
 
 def explored(
-    model: nn.Module,
-    inputs: tuple[Tensor, ...] | Mapping[str, Tensor],
-    *,
-    levels: int = 16,
-    round_to: int = 1,
-    max_ratio: float = 0.9,
-    seed: int = 0,
+    model: nn.Module, inputs: tuple[Tensor, ...] | Mapping[str, Tensor], space: Space = Space(), *, seed: int = 0
 ) -> TracedModel:
     """As `trace`, which see; a model of which nothing can be pruned has no groups."""
-    if levels < 2 or round_to < 1 or not 0 < max_ratio < 1:
-        raise InputError(
-            f"space: levels must be >= 2, round_to >= 1 and 0 < max_ratio < 1, got {levels}, {round_to}, {max_ratio}"
-        )
     if isinstance(inputs, Mapping):
         model, inputs = positional(model, tuple(inputs)), tuple(inputs.values())
     inputs = tuple(x[:2].to("cpu") for x in inputs)
     with seeded(seed):
         probe = _probe(model, inputs)
+        if space.grain[0] in MASK_GRAINS:
+            own = copy.deepcopy(model).to("cpu").eval()
+            return masked(own, inputs, space.grain[0], levels=space.levels, max_ratio=space.max_ratio, m=space.m)
         exact, exact_inputs = in_double(probe, inputs) if _cheap(probe, inputs) else (probe, inputs)
         traced = _proven(probe, inputs, exact, exact_inputs, seed)
         if exact is probe and any(DIFFERS in refusal.reason for refusal in traced.space.refused):
             exact, exact_inputs = in_double(probe, inputs)  # it may be rounding alone
             traced = _proven(probe, inputs, exact, exact_inputs, seed)
-        choices = {g.name: _levels(g.size, levels, round_to, max_ratio) for g in traced.space.groups}
+        choices = {g.name: _levels(g.size, space) for g in traced.space.groups}
         choices = deepest(exact, exact_inputs, traced, choices, seed)
     return replace(traced, space=traced.space.with_levels(choices))
 
 
 def _probe(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
     """A copy of the model with random weights, after one run to see that it runs and what it returns."""
+    if is_pruned(model):
+        raise InputError("the model holds masks of torch.nn.utils.prune: make them permanent with prune.remove first")
     try:
         probe = copy.deepcopy(model).to("cpu").eval()
         with torch.no_grad():
@@ -108,10 +131,10 @@ def _cheap(probe: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     return macs * recording.examples <= DOUBLE
 
 
-def _levels(size: int, count: int, round_to: int, max_ratio: float) -> tuple[float, ...]:
+def _levels(size: int, space: Space) -> tuple[float, ...]:
     """Ratios whose kept widths are evenly spread multiples of round_to, from the whole down to 1 - max_ratio."""
-    step = round_to if size >= 2 * round_to else 1
-    floor = max(1, math.ceil(size * (1 - max_ratio) / step) * step)
+    step, count = space.round_to if size >= 2 * space.round_to else 1, space.levels
+    floor = max(1, math.ceil(size * (1 - space.max_ratio) / step) * step)
     widths = [w for w in range(size, floor - 1, -1) if w == size or w % step == 0]
     if len(widths) > count:
         widths = [widths[round(i * (len(widths) - 1) / (count - 1))] for i in range(count)]

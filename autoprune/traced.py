@@ -10,6 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,8 +40,10 @@ class TracedModel:
 
     macs: terms of the MACs an example; params: of the parameter count; weights: of the bytes of parameters and buffers;
     activations: for each instant that can be the peak, terms of the bytes then alive an example; traffic: terms of the
-    bytes an example of every tensor that the pass makes.
+    bytes an example of every tensor that the pass makes. grain: as of autoprune.space.Space.
     """
+
+    narrows: ClassVar[bool] = True  # whether what is cut makes tensors smaller
 
     space: PruningSpace
     slices: tuple[tuple[Slice, ...], ...]
@@ -52,6 +55,7 @@ class TracedModel:
     activations: tuple[tuple[Term, ...], ...]
     traffic: tuple[Term, ...]
     fingerprint: str
+    grain: tuple[str, ...] = ("channel",)
 
     def cut(self, model: nn.Module, kept: Sequence[Labels], *, sharing: bool = False) -> nn.Module:
         """A smaller copy of the model that keeps these units: kept[g] holds ascending unit numbers of group g.
@@ -65,7 +69,7 @@ class TracedModel:
             for dim, gone in removed.get(name, {}).items():
                 data = data.index_select(dim, _others(gone, data.shape[dim]).to(data.device))
             tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not sharing else data
-        smaller = _with_tensors(model, tensors)
+        smaller = with_tensors(model, tensors)
         self._set_sizes(smaller, [len(units) for units in kept])
         return smaller
 
@@ -82,7 +86,7 @@ class TracedModel:
                 whole = data.new_zeros([*data.shape[:dim], tensor.shape[dim], *data.shape[dim + 1 :]])
                 data = whole.index_copy_(dim, _others(gone, tensor.shape[dim]).to(data.device), data)
             tensors[name] = data
-        return _with_tensors(model, tensors)
+        return with_tensors(model, tensors)
 
     def removed(self, kept: Sequence[Labels]) -> dict[str, dict[int, Labels]]:
         """Tensor -> dimension -> positions that go when these units are kept."""
@@ -153,7 +157,7 @@ def _others(positions: Labels, size: int) -> Tensor:
     return torch.from_numpy(np.setdiff1d(np.arange(size), positions))
 
 
-def _with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model's structure with these tensors for its own, parameters being as trainable as they were."""
     memo: dict[int, object] = {}
     for name, tensor in tensors_of(model):

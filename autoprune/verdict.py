@@ -59,6 +59,7 @@ def concluded(
             architecture=prices.traced.fingerprint,
             weights=weights_hash(task.model),
             criterion=named["criterion"],
+            grain="+".join(prices.traced.grain),
             budgets=_verdicts(asked, prices.limits, measured),
             provenance=provenance,
         ),

@@ -22,7 +22,7 @@ from autoprune.evaluate import Scoring
 from autoprune.loop import search
 from autoprune.meters.table import CountedCost
 from autoprune.pruning_env import FEATURES, LayerPruningEnv
-from autoprune.space import trace
+from autoprune.space import Space, trace
 from autoprune.strategies.amc import Amc
 from autoprune.testing import World, answer
 
@@ -65,7 +65,7 @@ def real_space(name: str) -> tuple[PruningSpace, CostModel]:
     if name == "40 groups":
         world = World(0, groups=40)
         return world.space, world.costs["macs"]
-    traced = trace(ZOO[name].build().eval(), ZOO[name].inputs(), levels=8)
+    traced = trace(ZOO[name].build().eval(), ZOO[name].inputs(), Space(levels=8))
     return traced.space, CountedCost("macs", "MACs", traced.space, (traced.macs,))
 
 

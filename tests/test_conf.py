@@ -18,7 +18,7 @@ from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
-from autoprune.run import Space
+from autoprune.space import Space
 from autoprune.testing import World
 
 FILES = sorted(components.CONF.rglob("*.yaml"))
@@ -86,7 +86,7 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     assert FineTune(**evaluator["short"]) == scoring.short
     assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
     search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
-    assert search["space"] == dataclasses.asdict(Space())
+    assert read(components.CONF / "space" / "channel.yaml") == {**vars(Space()), "grain": list(Space().grain)}
     assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}
     assert (profile["folder"], profile["networks"]) == ("outputs/tables", Profile().networks)
     assert Device(**{k: v for k, v in components.spec("device", "torch_cpu").items() if k != "_target_"}) == Device()

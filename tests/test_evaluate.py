@@ -20,12 +20,12 @@ from autoprune.evaluate import Evaluator, Scoring
 from autoprune.meters.counts import Macs
 from autoprune.recover import HEALING, FineTune
 from autoprune.scores import CHUNKS, interval, stratified, subset
-from autoprune.space import trace
+from autoprune.space import Space, trace
 
 
 def evaluator(cache: Path | None = None, seed: int = 0, healing: Sequence[str] = HEALING, **change: Any) -> Evaluator:
     task = replace(make_task(), **change)
-    traced = trace(task.model, task.inputs, levels=6)
+    traced = trace(task.model, task.inputs, Space(levels=6))
     dense = counted(task.model, task.inputs)
     return Evaluator(
         task,

@@ -14,6 +14,7 @@ LAYERS = [
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {"label_rules", "label_contractions", "label_recurrent", "grouping", "finalists", "pruning_env", "reconstruct"},
     {"tracing", "proof", "agent"},
+    {"masks"},
     {"space"},
     {"lineage", "prune", "recover", "scores", "strategies", "tasks"},
     {"components", "result"},

@@ -17,7 +17,7 @@ from zoo import ZOO, C2f, MobileNetV2
 
 from autoprune.core import InputError
 from autoprune.label_rules import _blocks
-from autoprune.space import trace
+from autoprune.space import Space, trace
 from autoprune.tasks.resnet import ResNet
 from autoprune.traced import TracedModel
 
@@ -233,7 +233,9 @@ def test_depthwise_sizes_follow_the_cut() -> None:
 
 @pytest.mark.parametrize(("round_to", "max_ratio"), [(1, 0.9), (4, 0.9), (8, 0.5)])
 def test_levels_respect_rounding_and_floor(round_to: int, max_ratio: float) -> None:
-    traced = trace(ResNet(depth=8), (torch.randn(1, 3, 16, 16),), levels=6, round_to=round_to, max_ratio=max_ratio)
+    traced = trace(
+        ResNet(depth=8), (torch.randn(1, 3, 16, 16),), Space(levels=6, round_to=round_to, max_ratio=max_ratio)
+    )
     for group in traced.space.groups:
         assert 2 <= len(group.levels) <= 6
         for level in group.levels:

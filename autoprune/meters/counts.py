@@ -43,8 +43,9 @@ class Macs:
     """Multiply-accumulates an example of the forward pass, counted by fvcore.
 
     fvcore calls them flops; it counts convolutions, matrix products, normalisations and some resampling, and is taught
-    here to count attention kernels and recurrent layers by their matrix products. The operations it saw but does not
-    count are in the notes (activations, additions, pooling by `mean`). 1 MAC is 2 FLOPs.
+    here to count attention kernels and recurrent layers by their matrix products; of a layer whose weight is masked,
+    the share that the mask leaves. The operations it saw but does not count are in the notes (activations, additions,
+    pooling by `mean`). 1 MAC is 2 FLOPs.
     """
 
     name, unit = "macs", "MACs"
@@ -62,6 +63,10 @@ class Macs:
                 analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
                 analysis.tracer_warnings("none")
                 total = float(analysis.total())
+                each = analysis.by_module()
+                total -= sum(
+                    each[m.rpartition(".")[0]] * float((k == 0).float().mean()) for m, k in masks(model).items()
+                )
                 skipped = tuple(f"{name} x{count} not counted" for name, count in analysis.unsupported_ops().items())
         finally:
             logger.setLevel(level)
@@ -69,12 +74,20 @@ class Macs:
 
 
 class Params:
-    """Parameters, shared ones once."""
+    """Parameters, shared ones once, without those that torch.nn.utils.prune masks."""
 
     name, unit = "params", "parameters"
 
     def measure(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> Measurement:
-        return Measurement.exact(float(sum(p.numel() for p in model.parameters())), self.unit, "counted")
+        masked = sum(int((mask == 0).sum()) for mask in masks(model).values())
+        return Measurement.exact(float(sum(p.numel() for p in model.parameters()) - masked), self.unit, "counted")
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    """The masks of torch.nn.utils.prune, by the name of the tensor that each masks."""
+    parameters = dict(model.named_parameters())
+    named = ((name.removesuffix("_mask"), mask) for name, mask in model.named_buffers() if name.endswith("_mask"))
+    return {name: mask for name, mask in named if f"{name}_orig" in parameters}
 
 
 class Memory:

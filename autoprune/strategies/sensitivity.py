@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly, within
+from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly, globally, within
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -219,12 +219,14 @@ class Sensitivity(Scripted):
             f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
             for weight in self.evenness
         }
+        if self.space.thresholds:
+            kinds["one threshold widened"] = partial(self._widened, losses, globally)
         return kinds | {"one ratio widened": partial(self._widened, losses)}
 
-    def _widened(self, losses: list[Losses]) -> Levels:
-        """One ratio for all groups, and what it leaves of the budgets spent on wider groups; the charge tells levels of
-        the same loss apart."""
-        levels = evenly(self.space, self._keeps, losses)
+    def _widened(self, losses: list[Losses], one: Callable[..., Levels] = evenly) -> Levels:
+        """One ratio or threshold for all groups, and what it leaves of the budgets spent on wider groups; the charge
+        tells levels of the same loss apart."""
+        levels = one(self.space, self._keeps, losses)
         rows = within(charged(self.space, losses, EVENNESS[0]), (0,) * len(levels), levels)
         with suppress(InfeasibleError):
             if self._keeps(wider := self._allocated(rows)):  # a form may be linear elsewhere

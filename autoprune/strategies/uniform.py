@@ -1,10 +1,13 @@
-"""The baseline: the same ratio for every group, the smallest that keeps the budgets."""
+"""The baseline: the same ratio for every group, or one threshold of importance for all, the smallest that keeps the
+budgets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from autoprune.allocate import InfeasibleError, evenly
+from autoprune.allocate import InfeasibleError, evenly, globally
 from autoprune.core import (
     RECOVERIES,
     Budget,
@@ -16,11 +19,13 @@ from autoprune.core import (
     Trial,
     all_met,
     check_recovery,
+    check_rules,
 )
 
 
 class Uniform:
-    """One candidate: every group at the level nearest above one common ratio.
+    """One candidate: every group at the level nearest above one common ratio; or, by "threshold", what one threshold of
+    importance over all groups together leaves (global magnitude pruning, where single weights are pruned).
 
     A measured cost above its limit calibrates the cost model and the next larger ratio is tried, at most `attempts`
     times. recovery: what the answer gets before it is scored; where that fails, the next lesser one is tried.
@@ -35,10 +40,14 @@ class Uniform:
         seed: int = 0,
         attempts: int = 4,
         recovery: Recovery = "short",
+        by: Literal["ratio", "threshold"] = "ratio",
     ) -> None:
-        if attempts < 1:
-            raise InputError(f"uniform: attempts must be >= 1, got {attempts}")
+        rules = {"attempts >= 1": attempts >= 1, "by must be ratio or threshold": by in ("ratio", "threshold")}
+        check_rules("uniform", rules, {"attempts": attempts, "by": by})
         check_recovery(recovery)
+        if by == "threshold" and space.groups and not space.thresholds:
+            raise InputError("uniform: by=threshold compares the units of all groups, which space=weight alone lets it")
+        self._one = globally if by == "threshold" else evenly
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.attempts = attempts
         self._recoveries = list(RECOVERIES[RECOVERIES.index(recovery) :])
@@ -60,9 +69,9 @@ class Uniform:
         self.costs = {name: cost.calibrated(trials) for name, cost in self.costs.items()}
 
     def _smallest(self) -> tuple[float, ...]:
-        """The least common ratio that is predicted to keep every budget, or the largest there is."""
+        """The least common ratio or threshold that is predicted to keep every budget, or the smallest network."""
         try:
-            return self.space.ratios(evenly(self.space, self._keeps))
+            return self.space.ratios(self._one(self.space, self._keeps))
         except InfeasibleError:
             return self.space.ratios([len(g.levels) - 1 for g in self.space.groups])
 
