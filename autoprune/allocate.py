@@ -4,7 +4,8 @@ baseline, one ratio for all.
 A multiple-choice knapsack with costs of single groups and of pairs of groups, solved as a mixed-integer program by
 HiGHS (scipy). A pair's cost is linearised exactly by its marginals y[i, j] >= 0 with sum_j y = x_a[i] and sum_i y =
 x_b[j] (the local polytope; Savchynskyy, "Discrete graphical models", 2019, section 4.1); with x binary y is the
-product. Large programs are first made small without losing exactness: the linear relaxation gives a lower bound and
+product. What counts only while a block is kept is z >= 0 with z >= its cost - its largest cost x [the block is gone].
+Large programs are first made small without losing exactness: the linear relaxation gives a lower bound and
 reduced costs, a program over the levels near its solution an upper bound, and every level whose reduced cost exceeds
 the distance between the two cannot be in the best allocation (reduced-cost fixing; Nemhauser & Wolsey, 1988, II.5.3).
 
@@ -49,7 +50,8 @@ class InfeasibleError(Exception):
 def cost_of(form: CostForm, levels: Sequence[int]) -> float:
     """The cost of a choice of levels."""
     single = sum(float(u[i]) for u, i in zip(form.unary, levels, strict=True))
-    return form.constant + single + sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
+    pairs = sum(float(t[levels[a], levels[b]]) for (a, b), t in form.pairs.items())
+    return form.constant + single + pairs + sum(cost_of(f, levels) for b, f in form.gated.items() if levels[b] == 0)
 
 
 def charged(space: PruningSpace, losses: Sequence[Floats], weight: float) -> list[Floats]:
@@ -167,18 +169,24 @@ class _Program:
         self.choices = choices
         self.losses = losses
         self.limits = [(_restricted(form, choices), limit) for form, limit in limits]
-        self.keys = sorted({key for form, _ in self.limits for key in form.pairs})
+        forms = [part for form, _ in self.limits for part in (form, *form.gated.values())]
+        self.keys = sorted({key for form in forms for key in form.pairs})
         self.sizes = [len(levels) for levels in choices]
         self.starts = np.concatenate([[0], np.cumsum(self.sizes)])
         pair_sizes = [self.sizes[a] * self.sizes[b] for a, b in self.keys]
         self.pair_starts = self.starts[-1] + np.concatenate([[0], np.cumsum(pair_sizes)]).astype(int)
-        self.count = int(self.pair_starts[-1])
+        gates = [(number, block) for number, (form, _) in enumerate(self.limits) for block in form.gated]
+        self.gates = {gate: int(self.pair_starts[-1]) + i for i, gate in enumerate(gates)}  # the place of each z
+        self.count = int(self.pair_starts[-1]) + len(gates)
+        self.upper = np.ones(self.count)
+        self.upper[int(self.pair_starts[-1]) :] = np.inf
         self.objective = np.zeros(self.count)
         flat = np.concatenate([row[levels] for row, levels in zip(losses, choices, strict=True)])
         self.scale = max(float(np.abs(flat).max()), 1e-12)
         self.objective[: len(flat)] = flat / self.scale
         self.equalities = [self._one_level_each(), *([self._marginals()] if self.keys else [])]
-        self.inequalities = [self._within(form, limit) for form, limit in self.limits]
+        self.inequalities = [self._within(number) for number in range(len(self.limits))]
+        self.inequalities += [self._counted(number, block) for number, block in gates]
 
     def solve(self, seconds: float, gap: float) -> Allocation:
         integrality = np.zeros(self.count)
@@ -187,7 +195,7 @@ class _Program:
             self.objective,
             constraints=[*self.equalities, *self.inequalities],
             integrality=integrality,
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, self.upper),
             options={"time_limit": max(seconds, 1.0), "mip_rel_gap": gap},
         )
         if found.x is None:
@@ -203,7 +211,7 @@ class _Program:
             b_eq=np.concatenate([np.broadcast_to(c.ub, c.A.shape[0]) for c in self.equalities]),
             A_ub=vstack([c.A for c in self.inequalities]),
             b_ub=np.concatenate([np.atleast_1d(c.ub) for c in self.inequalities]),
-            bounds=(0, 1),
+            bounds=np.stack([np.zeros(self.count), self.upper], axis=1),
             method="highs-ds",  # a vertex: interior solutions have no useful reduced costs
         )
         if found.x is None:
@@ -233,15 +241,37 @@ class _Program:
         entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
         return LinearConstraint(coo_array(entries, shape=(row, self.count)).tocsr(), 0, 0)
 
-    def _within(self, form: CostForm, limit: float) -> LinearConstraint:
+    def _within(self, number: int) -> LinearConstraint:
         """The form at most its limit, divided by it: the solver's absolute tolerance then means the same everywhere."""
+        form, limit = self.limits[number]
+        row, scale = self._row(form), max(abs(limit), 1e-12)
+        for block in form.gated:
+            row[self.gates[number, block]] = scale  # z is a fraction of the limit
+        return LinearConstraint(coo_array(row[None, :] / scale).tocsr(), -np.inf, (limit - form.constant) / scale)
+
+    def _counted(self, number: int, block: int) -> LinearConstraint:
+        """z at least what a block costs while it is kept."""
+        form, limit = self.limits[number]
+        own, scale = form.gated[block], max(abs(limit), 1e-12)
+        row = self._row(own)
+        places = int(self.starts[block]) + np.flatnonzero(self.choices[block] > 0)
+        row[places] -= _largest(own)
+        row[self.gates[number, block]] = -scale
+        return LinearConstraint(coo_array(row[None, :] / scale).tocsr(), -np.inf, -own.constant / scale)
+
+    def _row(self, form: CostForm) -> Floats:
+        """What the form adds of every variable."""
         row = np.zeros(self.count)
         row[: int(self.starts[-1])] = np.concatenate(form.unary)
         for key, start in zip(self.keys, self.pair_starts, strict=False):
             if key in form.pairs:
                 row[int(start) : int(start) + form.pairs[key].size] = form.pairs[key].ravel()
-        scale = max(abs(limit), 1e-12)
-        return LinearConstraint(coo_array(row[None, :] / scale).tocsr(), -np.inf, (limit - form.constant) / scale)
+        return row
+
+
+def _largest(form: CostForm) -> float:
+    """A bound on the form from above."""
+    return form.constant + sum(float(u.max()) for u in form.unary) + sum(float(t.max()) for t in form.pairs.values())
 
 
 def _neighbours(support: Labels, levels: Labels) -> Labels:
@@ -253,9 +283,8 @@ def _neighbours(support: Labels, levels: Labels) -> Labels:
 
 def _restricted(form: CostForm, choices: Sequence[Labels]) -> CostForm:
     unary = tuple(u[levels] for u, levels in zip(form.unary, choices, strict=True))
-    return CostForm(
-        form.constant, unary, {(a, b): t[np.ix_(choices[a], choices[b])] for (a, b), t in form.pairs.items()}
-    )
+    pairs = {(a, b): t[np.ix_(choices[a], choices[b])] for (a, b), t in form.pairs.items()}
+    return CostForm(form.constant, unary, pairs, {b: _restricted(own, choices) for b, own in form.gated.items()})
 
 
 def _reduced(form: CostForm) -> CostForm:
@@ -270,4 +299,4 @@ def _reduced(form: CostForm) -> CostForm:
         unary[b] = unary[b] + columns
         if rest.any():
             pairs[a, b] = rest
-    return CostForm(constant, tuple(unary), pairs)
+    return CostForm(constant, tuple(unary), pairs, {b: _reduced(own) for b, own in form.gated.items()})

@@ -59,19 +59,28 @@ class Layer:
     macs: float
 
 
+Kinds = Literal["channel", "head", "block", "weight", "n_m"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """`size` alike units that share one ratio; `levels` are the ratios it may take, ascending, the first 0.0."""
+    """`size` alike units that share one ratio; `levels` are the ratios it may take, ascending, the first 0.0.
+
+    kind: what its units are. A "block" is one unit that stays or goes, named after the module that is then left out;
+    its levels are 0.0 and 1.0, where every other group keeps a unit at least.
+    """
 
     name: str
     size: int
     levels: tuple[float, ...]
     layers: tuple[Layer, ...] = ()
     members: tuple[str, ...] = ()
+    kind: Kinds = "channel"
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.levels, self.levels[1:], strict=False))
-        if not self.levels or self.levels[0] != 0.0 or not rising or self.levels[-1] >= 1:
+        some_stay = self.kind == "block" or (bool(self.levels) and self.levels[-1] < 1)
+        if not self.levels or self.levels[0] != 0.0 or not rising or not some_stay:
             raise ValueError(f"levels of {self.name} must rise from 0.0 and stay below 1, got {self.levels}")
 
     def kept(self, ratio: float) -> int:
@@ -128,6 +137,11 @@ class PruningSpace:
         """Units left in each group."""
         return tuple(group.kept(ratio) for group, ratio in zip(self.groups, ratios, strict=True))
 
+    def block_of(self, module: str) -> int | None:
+        """The block that a module is in, by its group's index; None if it is in none that can be left out."""
+        inside = (i for i, g in enumerate(self.groups) if g.kind == "block" and f"{module}.".startswith(f"{g.name}."))
+        return next(inside, None)
+
     def with_levels(self, levels: Mapping[str, Sequence[float]]) -> PruningSpace:
         """The same space with other levels for the groups named."""
         groups = (dataclasses.replace(g, levels=tuple(levels.get(g.name, g.levels))) for g in self.groups)
@@ -158,11 +172,13 @@ Width = tuple[float, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class Term:
-    """scale x the width of left x the width of right."""
+    """scale x the width of left x the width of right, while the block `gate` (a group's index) is kept if there is
+    one."""
 
     scale: float
     left: Width
     right: Width
+    gate: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------ what is asked, told
@@ -354,11 +370,13 @@ def all_met(budgets: Sequence[Budget], costs: Mapping[str, Measurement]) -> bool
 
 @dataclass(frozen=True)
 class CostForm:
-    """constant + sum over groups of unary[g][level] + sum over pairs of pairs[a, b][level of a, level of b]."""
+    """constant + sum over groups of unary[g][level] + sum over pairs of pairs[a, b][level of a, level of b] + of every
+    block b that is kept, being at level 0, gated[b], which is nowhere negative and has nothing gated."""
 
     constant: float
     unary: tuple[Floats, ...]
     pairs: Mapping[tuple[int, int], Floats]
+    gated: Mapping[int, CostForm] = field(default_factory=dict)
 
 
 def width_of(width: Width, kept: Sequence[int]) -> float:
@@ -369,7 +387,8 @@ def width_of(width: Width, kept: Sequence[int]) -> float:
 
 def amount_of(terms: Sequence[Term], kept: Sequence[int]) -> float:
     """The sum of terms with these units kept of each group."""
-    return sum(term.scale * width_of(term.left, kept) * width_of(term.right, kept) for term in terms)
+    there = (term for term in terms if term.gate is None or kept[term.gate])
+    return sum(term.scale * width_of(term.left, kept) * width_of(term.right, kept) for term in there)
 
 
 class CostModel(Protocol):

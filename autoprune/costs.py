@@ -232,7 +232,8 @@ def _on_stairs(traced: TracedModel, table: CostTable, levels: int, round_to: int
     """The traced model with levels on the device's steps, and evenly spread ones too where other costs are limited."""
     stairs = stair_levels(table.cost(traced.space), traced.space, levels, round_to)
     if even:
-        stairs = {g.name: _merged(stairs.get(g.name, ()), g.levels, levels) for g in traced.space.groups}
+        cut = (g for g in traced.space.groups if g.kind != "block")
+        stairs = {g.name: _merged(stairs.get(g.name, ()), g.levels, levels) for g in cut}
     return replace(traced, space=traced.space.with_levels(stairs))
 
 

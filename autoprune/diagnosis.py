@@ -56,4 +56,5 @@ def doctor(task: Task, space: Space = Space(), *, progress: Progress = Silent())
 
 def prunable(terms: Sequence[Term], kept: Sequence[int]) -> float:
     """The share of the terms that some group cuts, at these widths."""
-    return amount_of([term for term in terms if term.left[1] or term.right[1]], kept) / max(amount_of(terms, kept), 1.0)
+    cut = [term for term in terms if term.left[1] or term.right[1] or term.gate is not None]
+    return amount_of(cut, kept) / max(amount_of(terms, kept), 1.0)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from autoprune.core import Group, Layer, PruningSpace, Refusal, Slice, Term, Width
+from autoprune.core import Group, Kinds, Layer, PruningSpace, Refusal, Slice, Term, Width
 from autoprune.recording import Recording
 from autoprune.traced import TracedModel, fingerprint, owner, tensors_of, widths
 from autoprune.units import Labels
@@ -21,8 +21,20 @@ Floats = NDArray[np.float64]
 ONE: Width = (1.0, {})
 
 
-def gather(model: nn.Module, recording: Recording, examples: int, refused: Mapping[str, str]) -> TracedModel:
-    """Units with one signature of (tensor, dimension, positions) form a group; the rest is refused with its reason."""
+def gather(
+    model: nn.Module,
+    recording: Recording,
+    examples: int,
+    refused: Mapping[str, str],
+    *,
+    grain: Sequence[str] = ("channel",),
+    blocks: Sequence[str] = (),
+) -> TracedModel:
+    """Units with one signature of (tensor, dimension, positions) form a group; the rest is refused with its reason.
+
+    grain: which widths are cut, as of autoprune.space.Space. blocks: modules that can be left out, each a group behind
+    these.
+    """
     slots = [_Slot(t, d, *_owners(recording.units.roots(labels))) for (t, d), labels in recording.slots.items()]
     groups: list[Group] = []
     slices: list[tuple[Slice, ...]] = []
@@ -30,6 +42,8 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
     group_of = np.full(recording.units.count + 1, -1)
     named: Counter[str] = Counter()
     alike = _alike(slots, recording.units.count)
+    heads = recording.units.roots(np.concatenate([*recording.heads, np.empty(0, dtype=np.int64)]))
+    heads = heads[heads > 0]
     owned = [slot.owns(np.array([roots[0] for roots in alike], dtype=np.int64)) for slot in slots]
     for number, roots in enumerate(alike):
         own = [slot for slot, owns in zip(slots, owned, strict=True) if owns[number]]
@@ -37,7 +51,10 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
         base = owner((made_by or [own[0].tensor])[0])
         named[base] += 1
         name = base if named[base] == 1 else f"{base}#{named[base]}"  # a layer whose units fall into several groups
+        kind: Kinds = "head" if np.isin(roots, heads).any() else "channel"
         why = refused.get(name) or _why_whole(recording, roots.tolist())
+        if why is None and not {kind, "channel"} & set(grain):
+            why = f"space={'+'.join(grain)} leaves it whole"
         if why is None and not made_by:
             why = "no layer of the model makes these units"
         if why is not None:
@@ -48,7 +65,9 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
         cuts = [Slice(s.tensor, s.dim, _role(s.tensor, s.dim, recording.made), s.positions(ordered)) for s in own]
         slices.append(tuple(cuts))
         members = tuple(dict.fromkeys(owner(t) for t in made_by))
-        groups.append(Group(name=name, size=len(ordered), levels=(0.0,), members=members))
+        groups.append(Group(name=name, size=len(ordered), levels=(0.0,), members=members, kind=kind))
+    groups += [Group(name=name, size=1, levels=(0.0, 1.0), members=(name,), kind="block") for name in blocks]
+    slices += [()] * len(blocks)
     space = PruningSpace(tuple(groups), tuple(dict.fromkeys(refusals)))
     traced = TracedModel(
         space=space,
@@ -61,6 +80,7 @@ def gather(model: nn.Module, recording: Recording, examples: int, refused: Mappi
         activations=(),
         traffic=(),
         fingerprint=fingerprint(model),
+        grain=tuple(grain),
     )
     return _with_costs(model, recording, examples, traced, group_of)
 
@@ -143,11 +163,11 @@ def _with_costs(
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
     shares = widths(traced.slices, shapes)
 
-    def elements(tensor: str, scale: float) -> Term:
+    def elements(tensor: str, scale: float, module: str) -> Term:
         cut_dims = sorted(shares.get(tensor, {}))[:2]
         rest = math.prod(n for d, n in enumerate(shapes[tensor]) if d not in cut_dims)
-        sides = ([shares[tensor][d] for d in cut_dims] + [ONE, ONE])[:2]
-        return Term(scale * rest, *sides)
+        left, right = ([shares[tensor][d] for d in cut_dims] + [ONE, ONE])[:2]
+        return Term(scale * rest, left, right, traced.space.block_of(module))
 
     sizes = np.array([g.size for g in traced.space.groups])
 
@@ -157,13 +177,17 @@ def _with_costs(
         found = np.flatnonzero(totals[1:])
         return float(totals[0]), dict(zip(found.tolist(), (totals[1:][found] / sizes[found]).tolist(), strict=True))
 
-    macs = [elements(c.weight, c.positions) for c in recording.contractions]
-    macs += [Term(each / examples, by_group(*counted), ONE) for *counted, each in recording.elementwise]
-    params = [elements(name, 1.0) for name, _ in model.named_parameters()]
-    weights = [elements(name, tensor.element_size()) for name, tensor in tensors_of(model)]
+    macs = [elements(c.weight, c.positions, c.module) for c in recording.contractions]
+    for labels, counts, each, module in recording.elementwise:
+        gate = traced.space.block_of(module)
+        macs.append(Term(each / examples, by_group(labels, counts), ONE, gate))
+    params = [elements(name, 1.0, name) for name, _ in model.named_parameters()]
+    weights = [elements(name, tensor.element_size(), name) for name, tensor in tensors_of(model)]
+    places = [traced.space.block_of(module) for module in recording.places]
+    gates = (None, *(i for i, g in enumerate(traced.space.groups) if g.kind == "block"))
     made = [
-        _vector(*by_group(labels, counts), len(traced.space.groups)) * (size / examples)
-        for labels, counts, size in recording.storages
+        _rows(*by_group(labels, counts), len(traced.space.groups), gates.index(place), len(gates)) * (size / examples)
+        for (labels, counts, size), place in zip(recording.storages, places, strict=True)
     ]
     groups = [
         replace(g, layers=_layers(shapes, recording, traced.slices[i], g)) for i, g in enumerate(traced.space.groups)
@@ -174,20 +198,21 @@ def _with_costs(
         macs=tuple(macs),
         params=tuple(params),
         weights=tuple(weights),
-        activations=_peaks(recording.lifetimes, made, len(groups)),
-        traffic=(_linear(sum(made, np.zeros(len(groups) + 1))),),
+        activations=tuple(_linear(rows, gates) for rows in _peaks(recording.lifetimes, made)),
+        traffic=_linear(sum(made, np.zeros((len(gates), len(groups) + 1))), gates),
     )
 
 
 def _layers(
     shapes: Mapping[str, tuple[int, ...]], recording: Recording, pieces: Sequence[Slice], group: Group
 ) -> tuple[Layer, ...]:
-    """The layers that make this group's units."""
+    """The layers that make this group's units; of a block those in it."""
     owned = {p.tensor for p in pieces}
     layers: dict[str, Layer] = {}
     for c in recording.contractions:
         name = owner(c.weight)
-        if c.weight in owned and name in group.members:
+        within = f"{c.module}.".startswith(f"{group.name}.")
+        if within if group.kind == "block" else c.weight in owned and name in group.members:
             shape, known = shapes[c.weight], layers[name].macs if name in layers else 0.0
             layers[name] = Layer(
                 name=name,
@@ -202,9 +227,9 @@ def _layers(
     return tuple(layers.values())
 
 
-def _peaks(lifetimes: Sequence[tuple[bool, int]], made: Sequence[Floats], count: int) -> tuple[tuple[Term, ...], ...]:
+def _peaks(lifetimes: Sequence[tuple[bool, int]], made: Sequence[Floats]) -> list[Floats]:
     """The instants that no other exceeds in every coefficient: the peak is the largest of them at any width."""
-    now, instants = np.zeros(count + 1), []
+    now, instants = np.zeros_like(made[0]) if made else np.zeros(0), []
     for born, ordinal in lifetimes:
         now = now + made[ordinal] * (1 if born else -1)
         if born:
@@ -213,20 +238,24 @@ def _peaks(lifetimes: Sequence[tuple[bool, int]], made: Sequence[Floats], count:
     for instant in sorted(instants, key=lambda v: -v.sum()):
         if not any((kept >= instant - 1e-9).all() for kept in best):
             best.append(instant)
-    return tuple((_linear(v),) for v in best)
+    return best
 
 
-def _vector(fixed: float, of: Mapping[int, float], count: int) -> Floats:
-    """[1 + G]: what is fixed, and what each unit of each group adds."""
-    found = np.zeros(count + 1)
-    found[0] = fixed
-    found[[g + 1 for g in of]] = list(of.values())
+def _rows(fixed: float, of: Mapping[int, float], groups: int, gate: int, gates: int) -> Floats:
+    """[gates, 1 + G]: in the row of its gate what is fixed, and what each unit of each group adds."""
+    found = np.zeros((gates, groups + 1))
+    found[gate, 0] = fixed
+    found[gate, [g + 1 for g in of]] = list(of.values())
     return found
 
 
-def _linear(vector: Floats) -> Term:
-    """The same as a term."""
-    return Term(1.0, (float(vector[0]), {g: float(vector[g + 1]) for g in np.flatnonzero(vector[1:]).tolist()}), ONE)
+def _linear(rows: Floats, gates: Sequence[int | None]) -> tuple[Term, ...]:
+    """The same as terms."""
+    return tuple(
+        Term(1.0, (float(row[0]), {g: float(row[g + 1]) for g in np.flatnonzero(row[1:]).tolist()}), ONE, gate)
+        for row, gate in zip(rows, gates, strict=True)
+        if row.any()
+    )
 
 
 def labels_of(recording: Recording, traced: TracedModel, group: int) -> Labels:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoprune.recording import Contraction, Recording, compact, small, tensors, varies
+from autoprune.recording import Recording, compact, small, tensors, varies
 from autoprune.units import Labels
 
 
@@ -26,16 +26,9 @@ def convolution(rec: Recording, func: Any, name: str, given: dict[str, Any], out
     rec.made.add((source, out_dim))
     channels = rec.channel_units(label, 1, f"aten.{name}")
     positions = (x if transposed else out).select(1, 0).numel() / rec.examples
-    rec.contractions.append(
-        Contraction(
-            source,
-            positions,
-            int(given["stride"][0]),
-            int(weight.shape[2]),
-            int(out.shape[2]),
-            int(np.prod(out.shape[3:])),
-        )
-    )
+    height, width = int(out.shape[2]), int(np.prod(out.shape[3:]))
+    stride, kernel = int(given["stride"][0]), int(weight.shape[2])
+    rec.used(source, positions, stride=stride, kernel=kernel, height=height, width=width)
     if groups > 1 and groups == x.shape[1] and weight.shape[1] == 1 and not transposed:
         produced = np.repeat(channels, out.shape[1] // groups)
         rec.own(source, out_dim, produced, f"aten.{name}")
@@ -112,7 +105,7 @@ def _matrix_product(rec: Recording, name: str, x: Tensor, weight: Tensor, bias: 
     source, (out_dim, in_dim) = rec.sources[weight][0], dims
     rec.made.add((source, out_dim))
     label = rec.label(x)
-    rec.contractions.append(Contraction(source, x.shape[0] / rec.examples, 1, 1, 1, 1))
+    rec.used(source, x.shape[0] / rec.examples)
     if varies(label, 0) and not varies(label, 1):  # the rows are units (a token mixer): they pass through
         return label[:, :1].expand(-1, weight.shape[1])
     ends = rec.channel_units(label, 1, f"aten.{name}")
@@ -168,6 +161,7 @@ def attention(rec: Recording, func: Any, name: str, given: dict[str, Any], out: 
         if mask not in rec.sources and mask not in rec.computed:
             rec.meet([whole, rec.unite_along(rec.label(mask), [2, 3], operation)], tuple(whole.shape), operation)
     if small(whole).any():
+        rec.heads.append(np.unique(small(whole).numpy()))
         value = rec.meet([value, whole.expand(value.shape)], tuple(value.shape), operation)
     first, *others = tensors(out)
     rec.count(query, given["key"].shape[2])

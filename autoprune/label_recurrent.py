@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from autoprune.recording import Contraction, Recording, tensors
+from autoprune.recording import Recording, tensors
 from autoprune.traced import GATES
 from autoprune.units import Labels
 
@@ -82,7 +82,7 @@ def _cell(
     for kind, ends in owned.items():
         if (source := names.get(kind + suffix)) is not None:
             rec.made.add((source, 0))
-            rec.contractions.append(Contraction(source, steps, 1, 1, 1, 1))
+            rec.used(source, steps)
             for dim, units in enumerate(ends):
                 rec.own(source, dim, units, operation)
     for kind in ("bias_ih", "bias_hh"):

@@ -225,7 +225,8 @@ def native_group_norm(rec: Recording, func: Any, name: str, given: dict[str, Any
     rec.units.unite_within(channels.reshape(groups, -1), operation)
     _tied(rec, name, given, channels)
     rec.count(label, 4 + isinstance(given.get("weight"), Tensor))
-    return [label]
+    statistics = torch.from_numpy(channels.reshape(groups, -1)[:, 0].copy())
+    return [label, *(statistics.expand(part.shape) for part in tensors(out)[1:])]
 
 
 def _tied(rec: Recording, name: str, given: dict[str, Any], channels: Labels) -> None:
@@ -259,7 +260,9 @@ def _only_along(label: Tensor, dims: Sequence[int]) -> bool:
 
 def along(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["self"])
-    rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
+    apart = rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
+    if name == "_softmax" and any(varies(apart, d) for d in range(1, apart.dim())):  # beside what is weighed: heads
+        rec.heads.append(np.unique(small(apart).numpy()))
     return [label for _ in tensors(out)]
 
 

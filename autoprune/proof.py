@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -39,8 +39,8 @@ def failing(
     probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, recording: Recording, seed: int
 ) -> Outcome:
     """Prove all groups together, on two draws of units and two batch sizes; on failure each group alone."""
-    everything = range(len(traced.space.groups))
-    if not traced.space.groups or _check(probe, inputs, traced, everything, seed) is None:
+    everything = [i for i, g in enumerate(traced.space.groups) if g.kind != "block"]
+    if not everything or _check(probe, inputs, traced, everything, seed) is None:
         return Outcome(traced, {})
     failures = _apart(probe, inputs, traced, everything, seed)
     traced, mended = _mended(probe, inputs, recording, traced, list(failures), seed)
@@ -138,8 +138,11 @@ def _check(
 
 @contextmanager
 def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> Iterator[None]:
-    """Inside, every parameter slice of the removed units is zero; afterwards it is back."""
+    """Inside, every parameter slice of the removed units is zero, and all that blocks left out hold; afterwards it is
+    back."""
     tensors = dict(tensors_of(model))
+    out = tuple(f"{block}." for block in traced.left_out(kept))
+    whole = [(tensor, tensor.clone()) for name, tensor in tensors.items() if name.startswith(out)] if out else []
     gone = {(tensor, dim): where for tensor, dims in traced.removed(kept).items() for dim, where in dims.items()}
     earlier = []
     with torch.no_grad():
@@ -147,9 +150,13 @@ def _masked(model: nn.Module, traced: TracedModel, kept: Sequence[Labels]) -> It
             index = torch.from_numpy(positions)
             earlier.append((tensors[name], dim, index, tensors[name].index_select(dim, index)))
             tensors[name].index_fill_(dim, index, 0.0)
+        for tensor, _ in whole:
+            tensor.zero_()
         try:
             yield
         finally:
+            for tensor, values in whole:
+                tensor.copy_(values)
             for tensor, dim, index, values in reversed(earlier):
                 tensor.index_copy_(dim, index, values)
 
@@ -208,7 +215,7 @@ def _fewest_links(
 def deepest(
     probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, levels: Mapping[str, Sequence[float]], seed: int
 ) -> dict[str, tuple[float, ...]]:
-    """The levels of each group down to the deepest at which its proof holds."""
+    """The levels of each group down to the deepest at which its proof holds; a block's 1.0 is proven here."""
     found = {name: tuple(ratios) for name, ratios in levels.items()}
     groups = range(len(traced.space.groups))
 
@@ -223,6 +230,49 @@ def deepest(
         while len(found[name]) > 1 and not holds([g]):
             found[name] = found[name][:-1]
     return found
+
+
+def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
+    """Residual blocks, by name: the innermost modules that run once, turn one tensor into another of its shape, and
+    hand it on as it is where all that they hold is zero. The model is left as it was."""
+    seen: dict[str, list[tuple[object, object]]] = {}
+
+    def watching(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[object, ...], named: Mapping[str, object], output: object) -> None:
+            given = args[0] if args else None
+            seen.setdefault(name, []).append((given.clone() if isinstance(given, Tensor) else None, output))
+
+        return hook
+
+    inner = ((name, m) for name, m in model.named_modules() if name and any(True for _ in m.children()))
+    holding = {name: m for name, m in inner if any(True for _ in m.parameters())}
+    hooks = [m.register_forward_hook(watching(name), with_kwargs=True) for name, m in holding.items()]
+    try:
+        with torch.no_grad():
+            model(*arguments(inputs))
+            alike = [name for name, calls in seen.items() if len(calls) == 1 and _of_one_shape(*calls[0])]
+            found = []
+            for name in alike:
+                held = [(tensor, tensor.clone()) for _, tensor in tensors_of(holding[name])]
+                seen.clear()
+                try:
+                    for tensor, _ in held:
+                        tensor.zero_()
+                    model(*arguments(inputs))
+                    ((given, output),) = seen[name]
+                    if isinstance(given, Tensor) and isinstance(output, Tensor) and torch.equal(given, output):
+                        found.append(name)
+                finally:
+                    for tensor, values in held:
+                        tensor.copy_(values)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _of_one_shape(given: object, output: object) -> bool:
+    return isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape
 
 
 def randomise(model: nn.Module, rng: np.random.Generator) -> None:

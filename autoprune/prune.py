@@ -35,6 +35,21 @@ def choose_units(space: PruningSpace, scores: Sequence[criteria.Scores], ratios:
     return tuple(_strongest(s, width) for s, width in zip(scores, space.kept(ratios), strict=True))
 
 
+def importance(
+    traced: TracedModel,
+    model: nn.Module,
+    criterion: criteria.Criterion,
+    *,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    seed: int,
+) -> tuple[criteria.Scores, ...]:
+    """How important each unit of each group [U] is; a block, being alone, is not compared."""
+    sliced = [pieces for pieces in traced.slices if pieces]
+    scores = iter(criterion(model, sliced, batches=batches, loss=loss, seed=seed) if sliced else ())
+    return tuple(next(scores) if pieces else np.ones(1) for pieces in traced.slices)
+
+
 def _strongest(importance: criteria.Scores, width: int) -> Labels:
     return np.sort(np.argsort(-importance, kind="stable")[:width])
 
@@ -188,7 +203,7 @@ class RatioTable:
     ) -> RatioTable:
         if weights_hash(model) == self.weights:
             return self
-        scores = criterion(model, traced.slices, batches=batches, loss=loss or _no_loss, seed=0)
+        scores = importance(traced, model, criterion, batches=batches, loss=loss or _no_loss, seed=0)
         groups = tuple(
             replace(g, units=tuple(_strongest(s, len(g.units)).tolist()))
             for g, s in zip(self.groups, scores, strict=True)
@@ -243,9 +258,9 @@ class RatioTable:
 def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
     size, units = row["size"], tuple(row["units"]) if "units" in row else _unpacked(row["bits"], row["size"])
     whole = isinstance(size, int) and all(type(u) is int for u in units)
-    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not 0 < len(units) <= size:
-        raise InputError(f"ratio table {path}: group '{name}' must keep 1 to {size} distinct ascending units")
-    if units[0] < 0 or units[-1] >= size:
+    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not 0 <= len(units) <= size:
+        raise InputError(f"ratio table {path}: group '{name}' must keep up to {size} distinct ascending units")
+    if units and (units[0] < 0 or units[-1] >= size):
         raise InputError(f"ratio table {path}: units of group '{name}' must lie in 0..{size - 1}")
     return TableGroup(name=name, size=size, units=units, members=tuple(row["members"]))
 

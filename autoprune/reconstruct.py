@@ -61,7 +61,7 @@ class Reconstruction:
         removed, parameters = self._traced.removed(kept), dict(smaller.named_parameters())
         for name, weight in self._weights.items():
             gone = removed.get(name, {})
-            if 1 not in gone:
+            if 1 not in gone or name not in parameters:  # it reads all that it did, or its block was left out
                 continue
             rows = np.setdiff1d(np.arange(weight.shape[0]), gone.get(0, ()))
             keeps = np.setdiff1d(np.arange(weight.shape[1]), gone[1])

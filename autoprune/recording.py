@@ -23,9 +23,10 @@ from autoprune.units import Labels, Units
 
 @dataclass(frozen=True)
 class Contraction:
-    """One use of a weight: its MACs an example are `positions` x the elements of the weight."""
+    """One use of a weight: its MACs an example are `positions` x the elements of the weight. module: that ran then."""
 
     weight: str
+    module: str
     positions: float
     stride: int
     kernel: int
@@ -52,9 +53,10 @@ class Recording:
     """See the module's docstring. Label arrays are raw: resolve them with `units.roots`.
 
     slots: for a parameter's dimension, the label of each position. elementwise: labels, how many elements carry each,
-    and how often fvcore counts each. storages: labels, elements and element size of each tensor made; lifetimes: in
-    order, which of them was born (True) or died. sites: see Site. depthwise: weights of depthwise convolutions. made:
-    parameters and the dimension along which an operation makes units with them.
+    how often fvcore counts each, and the module that ran. storages: labels, elements and element size of each tensor
+    made; lifetimes: in order, which of them was born (True) or died; places: the innermost module that each is inside
+    of all its life. heads: labels of units that are attention heads. sites: see Site. depthwise: weights of depthwise
+    convolutions. made: parameters and the dimension along which an operation makes units with them.
     """
 
     def __init__(self, model: nn.Module, examples: int, readings: Mapping[Place, int]) -> None:
@@ -62,7 +64,9 @@ class Recording:
         self.units = Units()
         self.slots: dict[tuple[str, int], Labels] = {}
         self.contractions: list[Contraction] = []
-        self.elementwise: list[tuple[Labels, Labels, float]] = []
+        self.elementwise: list[tuple[Labels, Labels, float, str]] = []
+        self.heads: list[Labels] = []
+        self.places: list[str] = []
         self.storages: list[tuple[Labels, Labels, int]] = []
         self.lifetimes: list[tuple[bool, int]] = []
         self.sites: dict[Place, Site] = {}
@@ -206,7 +210,18 @@ class Recording:
 
     def count(self, label: Tensor, each: float) -> None:
         """Operations that fvcore counts so many times an element."""
-        self.elementwise.append((*counted(label), each))
+        self.elementwise.append((*counted(label), each, self.running))
+
+    @property
+    def running(self) -> str:
+        """The innermost module that runs, "" for the model itself."""
+        return self.stack[-1] if self.stack else ""
+
+    def used(
+        self, weight: str, positions: float, *, stride: int = 1, kernel: int = 1, height: int = 1, width: int = 1
+    ) -> None:
+        """Note a contraction with a weight."""
+        self.contractions.append(Contraction(weight, self.running, positions, stride, kernel, height, width))
 
 
 def tensors(values: Any) -> list[Tensor]:

@@ -180,7 +180,7 @@ def show_diagnosis(found: Diagnosis) -> None:
     shown = Table("group", "units", "layers", "of MACs", title="groups, each proven", title_justify="left")
     whole = [g.size for g in space.groups]
     for i, group in enumerate(space.groups):
-        touched = [term for term in macs if i in term.left[1] or i in term.right[1]]
+        touched = [term for term in macs if i in term.left[1] or i in term.right[1] or i == term.gate]
         more = f" and {len(group.members) - 1} more" if len(group.members) > 1 else ""
         share = percent(amount_of(touched, whole) / max(amount_of(macs, whole), 1.0))
         shown.add_row(group.name, str(group.size), f"{group.members[0]}{more}", share)

@@ -32,6 +32,7 @@ from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants
 from autoprune.meters.profile import Profile
+from autoprune.prune import importance
 from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
@@ -234,11 +235,11 @@ def _prepared(
     )
     with seeded(seed):
         batches = first(task.train, scoring.recalibration)
-        importance = rank(task.model, traced.slices, batches=batches, loss=task.loss, seed=seed)
+        scores = importance(traced, task.model, rank, batches=batches, loss=task.loss, seed=seed)
     evaluator = Evaluator(
         task,
         prices.traced,
-        importance,
+        scores,
         budgets=prices.limits,
         costs=prices.models,
         meters=prices.meters,

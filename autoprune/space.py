@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from autoprune.core import InputError, check_rules
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
 from autoprune.masks import MASK_GRAINS, masked
-from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise
+from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise, skippable
 from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record
@@ -96,11 +97,13 @@ def explored(
             own = copy.deepcopy(model).to("cpu").eval()
             return masked(own, inputs, space.grain[0], levels=space.levels, max_ratio=space.max_ratio, m=space.m)
         exact, exact_inputs = in_double(probe, inputs) if _cheap(probe, inputs) else (probe, inputs)
-        traced = _proven(probe, inputs, exact, exact_inputs, seed)
+        blocks = skippable(exact, exact_inputs) if "block" in space.grain else []
+        widths = {"grain": tuple(space.grain), "blocks": blocks}
+        traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
         if exact is probe and any(DIFFERS in refusal.reason for refusal in traced.space.refused):
             exact, exact_inputs = in_double(probe, inputs)  # it may be rounding alone
-            traced = _proven(probe, inputs, exact, exact_inputs, seed)
-        choices = {g.name: _levels(g.size, space) for g in traced.space.groups}
+            traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
+        choices = {g.name: g.levels if g.kind == "block" else _levels(g.size, space) for g in traced.space.groups}
         choices = deepest(exact, exact_inputs, traced, choices, seed)
     return replace(traced, space=traced.space.with_levels(choices))
 
@@ -142,9 +145,15 @@ def _levels(size: int, space: Space) -> tuple[float, ...]:
 
 
 def _proven(
-    probe: nn.Module, inputs: tuple[Tensor, ...], exact: nn.Module, exact_inputs: tuple[Tensor, ...], seed: int
+    probe: nn.Module,
+    inputs: tuple[Tensor, ...],
+    exact: nn.Module,
+    exact_inputs: tuple[Tensor, ...],
+    seed: int,
+    widths: Mapping[str, Any],
 ) -> TracedModel:
-    """Trace, prove all groups together, and where that fails find the group and read its sites another way."""
+    """Trace, prove all groups together, and where that fails find the group and read its sites another way. widths:
+    keywords of `gather`."""
     readings: dict[Place, int] = {}
     refused: dict[str, str] = {}
     for attempt in range(MAX_ATTEMPTS):
@@ -153,14 +162,15 @@ def _proven(
             if not _read_again(recording, readings):
                 break
             recording = record(probe, arguments(inputs), readings)
-        traced = gather(probe, recording, len(inputs[0]), refused)
+        traced = gather(probe, recording, len(inputs[0]), refused, **widths)
         outcome = failing(exact, exact_inputs, traced, recording, seed)
         if outcome.proven is not None:
             return outcome.proven
         for group, why in outcome.groups.items():
             if not _next_reading(recording, traced, group, readings) or attempt >= MAX_ATTEMPTS - 2:
                 refused[traced.space.groups[group].name] = why
-    return gather(probe, recording, len(inputs[0]), {g.name: "it could not be proven" for g in traced.space.groups})
+    unproven = {g.name: "it could not be proven" for g in traced.space.groups}
+    return gather(probe, recording, len(inputs[0]), unproven, **widths)
 
 
 def _read_again(recording: Recording, readings: dict[Place, int]) -> bool:

@@ -34,6 +34,13 @@ class SizeAttribute:
     place: int | None = None
 
 
+class LeftOut(nn.Module):
+    """What stands where a residual block was: it hands its input on."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x
+
+
 @dataclass(frozen=True)
 class TracedModel:
     """A model's pruning space with the indices that cut it. Holds no weights.
@@ -71,7 +78,16 @@ class TracedModel:
             tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not sharing else data
         smaller = with_tensors(model, tensors)
         self._set_sizes(smaller, [len(units) for units in kept])
+        for block in self.left_out(kept):
+            parent, _, name = block.rpartition(".")
+            setattr(smaller.get_submodule(parent), name, LeftOut())
         return smaller
+
+    def left_out(self, kept: Sequence[Labels]) -> list[str]:
+        """The blocks that go when these units are kept, by name."""
+        return [
+            g.name for g, units in zip(self.space.groups, kept, strict=True) if g.kind == "block" and not len(units)
+        ]
 
     def spread(self, model: nn.Module, smaller: Mapping[str, Tensor], kept: Sequence[Labels]) -> nn.Module:
         """The inverse of `cut`: a copy of the dense model that holds the tensors of a network that was cut to `kept`
@@ -81,6 +97,9 @@ class TracedModel:
         """
         removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
+            if name not in smaller:  # of a block that was left out, which adds nothing where all in it is zero
+                tensors[name] = torch.zeros_like(tensor)
+                continue
             data = smaller[name].detach().to(tensor.device, copy=True)
             for dim, gone in removed.get(name, {}).items():
                 whole = data.new_zeros([*data.shape[:dim], tensor.shape[dim], *data.shape[dim + 1 :]])

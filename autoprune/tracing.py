@@ -86,15 +86,16 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[Place
     readings: by a site's place which of its readings to take (0, the one that leaves most units, if absent).
     """
     recording = Recording(model, len(inputs[0]), readings)
+    tracer = _Tracer(recording)
     handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in model.named_modules()]
-    handles += [m.register_forward_hook(_left(recording), always_call=True) for m in model.modules()]
     recurrent = [m for m in model.modules() if is_recurrent(m)]
     handles += [m.register_forward_pre_hook(_within(recording)) for m in recurrent]
     handles += [m.register_forward_hook(_followed(recording), with_kwargs=True) for m in recurrent]
+    handles += [m.register_forward_hook(_left(recording, tracer), always_call=True) for m in model.modules()]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused layer would hide the linear layers inside
     try:
-        with torch.no_grad(), _Tracer(recording):
+        with torch.no_grad(), tracer:
             outputs = model(*inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_attention)
@@ -109,9 +110,11 @@ def _entered(recording: Recording, name: str) -> Callable[..., None]:
     return lambda module, args: recording.stack.append(name)
 
 
-def _left(recording: Recording) -> Callable[..., None]:
+def _left(recording: Recording, tracer: _Tracer) -> Callable[..., None]:
     def leave(module: nn.Module, args: object, output: object) -> None:
-        recording.stack.pop()
+        ended = recording.stack.pop()
+        for tensor in tensors(output):
+            tracer.handed_on(tensor, ended)
 
     return leave
 
@@ -206,7 +209,14 @@ class _Tracer(TorchDispatchMode):
         self._alive[storage._cdata] = len(rec.storages)
         rec.lifetimes.append((True, len(rec.storages)))
         rec.storages.append((*counted(rec.label(tensor)), tensor.element_size()))
+        rec.places.append(rec.running)
         weakref.finalize(storage, self._forget_storage, storage._cdata)
+
+    def handed_on(self, tensor: Tensor, ended: str) -> None:
+        """A module that has ended returns this: if it was made inside, it lives on in the module around it."""
+        ordinal, places = self._alive.get(tensor.untyped_storage()._cdata), self.recording.places
+        if ordinal is not None and f"{places[ordinal]}.".startswith(f"{ended}." if ended else ""):
+            places[ordinal] = self.recording.running
 
     def _forget_storage(self, key: int) -> None:
         self.recording.lifetimes.append((False, self._alive.pop(key)))

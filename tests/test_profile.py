@@ -96,7 +96,7 @@ def test_work_is_macs_for_each_unit_of_both_sides() -> None:
 
     model, inputs = Net().eval(), (torch.randn(2, 3, 16, 16),)
     traced = trace(model, inputs)
-    shapes = profile._shapes(model, inputs, traced.weight_widths(model), [g.size for g in traced.space.groups])
+    shapes = profile._shapes(model, inputs, traced.weight_widths(model), traced.space)
     pixels = 2 * 16 * 16
     expected = {"plain": 9 * pixels, "strided": 9 * pixels // 4, "depthwise": 25 * pixels // 4, "up": 4 * pixels // 4}
     expected |= {"twice": 2 * pixels, "norm": pixels, "last": 2}

@@ -60,13 +60,15 @@ class Shape:
 
     operator: the type of the module, grouped convolutions apart. kind: the module as a whole and the shape that it is
     given; layers of one kind share their coefficients. sides: its output and input width by the units kept. work: MACs
-    for each unit of the output and of the input, places of the output x weights of the kernel.
+    for each unit of the output and of the input, places of the output x weights of the kernel. gate: the block that it
+    is in and goes with, by its group's index.
     """
 
     operator: str
     kind: str
     sides: tuple[Width, Width]
     work: float
+    gate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,12 +82,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer: its output and input width by the units kept, its dense widths, its coefficients [F, F]."""
+    """One layer: its output and input width by the units kept, its dense widths, its coefficients [F, F], and the block
+    that it goes with."""
 
     name: str
     sides: tuple[Width, Width]
     dense: tuple[float, float]
     coefficients: Floats = field(repr=False)
+    gate: int | None = None
 
     def at(self, out: float, into: float) -> float:
         return float(phi(out, self.dense[0]) @ self.coefficients @ phi(into, self.dense[1]))
@@ -136,7 +140,8 @@ class FittedCost:
     def at_widths(self, kept: Sequence[int]) -> float:
         """The cost with these units kept of each group."""
         fixed = self.base[0] + float(np.dot(self.base[1:], kept))
-        return self.scale * (fixed + sum(layer.of(kept) for layer in self.layers))
+        there = (layer for layer in self.layers if layer.gate is None or kept[layer.gate])
+        return self.scale * (fixed + sum(layer.of(kept) for layer in there))
 
     def anchored(self, dense: float) -> FittedCost:
         """The same model scaled so that the dense prediction is `dense`."""
@@ -152,13 +157,19 @@ class FittedCost:
         return self
 
     def tables(self) -> tuple[CostForm, ...]:
+        gates = {layer.gate for layer in self.layers if layer.gate is not None}
+        gated = {b: self._form([layer for layer in self.layers if layer.gate == b]) for b in sorted(gates)}
+        plain = self._form([layer for layer in self.layers if layer.gate is None], self.base)
+        return (replace(plain, gated=gated),)
+
+    def _form(self, layers: Sequence[LayerCost], base: Sequence[float] = ()) -> CostForm:
+        """What some of the layers, and the base, come to."""
         widths = [[g.kept(r) for r in g.levels] for g in self.space.groups]
-        constant = self.scale * self.base[0]
-        unary = [
-            self.scale * slope * np.array(w, dtype=np.float64) for slope, w in zip(self.base[1:], widths, strict=True)
-        ]
+        base = base or (0.0,) * (len(widths) + 1)
+        constant = self.scale * base[0]
+        unary = [self.scale * slope * np.array(w, dtype=np.float64) for slope, w in zip(base[1:], widths, strict=True)]
         pairs: dict[tuple[int, int], Floats] = {}
-        for layer in self.layers:
+        for layer in layers:
             for groups, times in _parts(layer):
                 grid = self.scale * times * self._grid(layer, groups, widths)
                 if len(groups) == 0:
@@ -167,7 +178,7 @@ class FittedCost:
                     unary[groups[0]] = unary[groups[0]] + grid
                 else:
                     pairs[groups[0], groups[1]] = pairs.get((groups[0], groups[1]), 0.0) + grid
-        return (CostForm(constant, tuple(unary), pairs),)
+        return CostForm(constant, tuple(unary), pairs)
 
     def _grid(self, layer: LayerCost, groups: Sequence[int], widths: Sequence[Sequence[int]]) -> Floats:
         """What a layer costs at every combination of these groups' levels, the other groups being where the model is
@@ -217,7 +228,7 @@ def fit(
 
 def better(samples: Sequence[Sample], shapes: Mapping[str, Shape], space: PruningSpace) -> By:
     """The way of fitting with the smaller median error on networks left out, in four folds."""
-    if not all(set(shapes) <= set(sample.layers) for sample in samples):
+    if not all(layer in s.layers for layer, shape in shapes.items() for s in samples if _there(shape, s.kept)):
         return "network"
     errors = {}
     for by in get_args(By):
@@ -257,7 +268,8 @@ def _fit_to_networks(
         column = np.zeros([len(samples), len(FEW)])
         places = list(few[kind])
         for layer in names:
-            for row, sample in zip(column, samples, strict=True):
+            there = [(row, s) for row, s in zip(column, samples, strict=True) if _there(shapes[layer], s.kept)]
+            for row, sample in there:
                 row[places] += _products(shapes[layer], kind[1], sample.kept)[list(few[kind].values())]
         own.append(column[:, :PLAIN])
         shape = shapes[names[0]]
@@ -279,7 +291,12 @@ def _fit_to_networks(
 
 
 def _layer(name: str, shape: Shape, full: tuple[float, float], coefficients: Floats) -> LayerCost:
-    return LayerCost(name, shape.sides, full, coefficients.reshape([len(phi(w, w)) for w in full]))
+    return LayerCost(name, shape.sides, full, coefficients.reshape([len(phi(w, w)) for w in full]), shape.gate)
+
+
+def _there(shape: Shape, kept: Sequence[int]) -> bool:
+    """Whether a layer runs, its block being kept."""
+    return shape.gate is None or kept[shape.gate] > 0
 
 
 def _few_products(full: tuple[float, float]) -> dict[int, int]:
@@ -314,11 +331,13 @@ def stair_levels(cost: FittedCost, space: PruningSpace, most: int, round_to: int
     in the dense network or in one of half its widths. Where more than `most` are, multiples of the least block that
     leaves room for all of them, and others between those whose costs lie furthest apart.
 
-    A group that the cost does not depend on keeps its levels.
+    A group that the cost does not depend on keeps its levels, and a block its two.
     """
     contexts = [[g.size for g in space.groups], [max(1, g.size // 2) for g in space.groups]]
     found = {}
     for i, group in enumerate(space.groups):
+        if group.kind == "block":
+            continue
         worth: dict[int, float] = {}
         for context in contexts:
             worth |= _steps(cost, context, i, group, round_to)

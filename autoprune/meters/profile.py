@@ -212,7 +212,7 @@ def build(
     runtime, sizes = meter.device.runtime, [g.size for g in space.groups]
     kept = [sizes, *_drawn(space, plan.networks - 1, seed), *_drawn(space, plan.held_out, seed + 1)]
     samples: list[Sample | None] = []
-    shapes = _shapes(model, inputs, weights, sizes)
+    shapes = _shapes(model, inputs, weights, space)
     with warm(meter.device) as worker:
         reference = packed(cut([max(1, n // 3) for n in sizes]), inputs, runtime)
         spells: list[float] = []
@@ -267,13 +267,14 @@ def _measured(worker: WarmWorker, blobs: Sequence[dict[str, Any]], device: Devic
 
 
 def _shapes(
-    model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, tuple[Width, Width]], sizes: Sequence[int]
+    model: nn.Module, inputs: Sequence[Tensor], weights: Mapping[str, tuple[Width, Width]], space: PruningSpace
 ) -> dict[str, Shape]:
     """Of the layers that have weights and run; one that runs several times does the work of all."""
     import torch
     from torch.utils._pytree import tree_leaves
 
     found: dict[str, Shape] = {}
+    sizes = [g.size for g in space.groups]
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
 
     def seen(name: str, weight: str) -> Callable[..., None]:
@@ -289,6 +290,7 @@ def _shapes(
                 kind=f"{module} on {list(given.shape)}",
                 sides=(first, second),
                 work=places * math.prod(parameters[weight].shape[2:]),
+                gate=space.block_of(name),
             )
             earlier = found.setdefault(name, dataclasses.replace(shape, work=0.0))
             found[name] = dataclasses.replace(earlier, work=earlier.work + shape.work)

@@ -59,9 +59,16 @@ class CountedCost:
         return tuple(self._form(terms) for terms in self.alternatives)
 
     def _form(self, terms: Sequence[Term]) -> CostForm:
-        """Expand the products into a constant, single groups and pairs of groups, over level indices."""
+        """Expand the products into a constant, single groups and pairs of groups, over level indices; those of each
+        block apart."""
+        by_gate: dict[int | None, list[Term]] = defaultdict(list)
+        for term in terms:
+            by_gate[term.gate].append(term)
+        plain = self._expanded(by_gate.pop(None, []), self.offset)
+        return replace(plain, gated={b: self._expanded(own, 0.0) for b, own in by_gate.items() if b is not None})
+
+    def _expanded(self, terms: Sequence[Term], constant: float) -> CostForm:
         widths = [np.array([g.kept(r) for r in g.levels], dtype=np.float64) for g in self.space.groups]
-        constant = self.offset
         unary = [np.zeros(len(w)) for w in widths]
         pairs: dict[tuple[int, int], Floats] = defaultdict(lambda: np.zeros(()))
         for term in terms:

@@ -1,18 +1,18 @@
 """What the tracer finds in the networks people have: python experiments/coverage/coverage.py [NAME_CONTAINS]
 
 Each network in a process of its own with a limit on time; rows go to coverage.csv, and a row that is there is not made
-again. Columns: groups, the share of the MACs in layers that some group cuts, whether the groups together were proven
-once more on the model's own weights, what was refused and why, seconds; the same for Torch-Pruning's graph, each of its
-groups cut by its own code and compared with masking (peer.py).
+again. Columns: groups (each proven), the share of the MACs in layers that some group cuts, what is left with half of
+every group, what was refused and why, seconds. The same for Torch-Pruning in peer.csv: see peer.py. Then the table.
 """
 
 from __future__ import annotations
 
 import copy
 import multiprocessing
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import peer
 from models import networks
 from records import append, rows
 
@@ -27,7 +28,7 @@ from autoprune.core import amount_of
 from autoprune.diagnosis import prunable
 from autoprune.space import trace
 
-FILE = Path(__file__).parent / "coverage.csv"
+FILE, PEER = (Path(__file__).parent / f"{name}.csv" for name in ("coverage", "peer"))
 LIMIT = 600  # seconds a network
 FORK = multiprocessing.get_context("fork")
 
@@ -85,9 +86,35 @@ def alone(side: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
 
 def main(part: str) -> None:
     for name, network in networks().items():
-        if part in name and not any(row["network"] == name for row in rows(FILE)):
-            values: dict[str, Any] = {"network": name, "family": network.family} | dict.fromkeys(COLUMNS, "")
-            append(FILE, values | alone(ours, name))
+        for file, columns, side in ((FILE, COLUMNS, ours), (PEER, peer.COLUMNS, peer.theirs)):
+            if part in name and not any(row["network"] == name for row in rows(file)):
+                values: dict[str, Any] = {"network": name, "family": network.family} | dict.fromkeys(columns, "")
+                append(file, values | alone(side, name))
+    table()
+
+
+def table() -> None:
+    """What the rows come to, by package."""
+    ours, theirs = ({row["network"]: row for row in rows(file)} for file in (FILE, PEER))
+    print(
+        "| package | networks | more than half of the MACs prunable | median s | Torch-Pruning: more than half, proven "
+        "| groups wrong in | fails on |\n|---|---|---|---|---|---|---|"
+    )
+    for family in [*dict.fromkeys(row["family"] for row in ours.values()), ""]:
+        own = [row for row in ours.values() if family in row["family"]]
+        other = [theirs[row["network"]] for row in own if row["network"] in theirs]
+        most, most_of_theirs = (sum(share(row) > 0.5 for row in side) for side in (own, other))
+        seconds = statistics.median(float(row["seconds"] or LIMIT) for row in own)
+        wrong, broken = sum(row["wrong"] not in ("", "0") for row in other), sum(not row["groups"] for row in other)
+        counts = f"{len(own)} | {most} | {seconds:.1f} | {most_of_theirs} of {len(other)} | {wrong} | {broken}"
+        print(f"| {family or 'all'} | {counts} |")
+    for name, row in ours.items():
+        if name in theirs and share(theirs[name]) > share(row) + 1e-3:
+            print(f"{name}: Torch-Pruning proves {100 * share(theirs[name]):.1f} %, we {100 * share(row):.1f} %")
+
+
+def share(row: Mapping[str, str]) -> float:
+    return float(row["prunable"] or 0)
 
 
 if __name__ == "__main__":
