@@ -24,7 +24,7 @@ from autoprune.core import InputError, check_rules
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
 from autoprune.masks import MASK_GRAINS, masked
-from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise, skippable
+from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise, settle, skippable
 from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record
@@ -124,6 +124,7 @@ def _probe(model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
         kind = type(strange[0] if strange else outputs).__name__
         raise InputError(f"the model returns {kind}, which cannot be compared: return tensors, tuples, lists or dicts")
     randomise(probe, np.random.default_rng(0))
+    settle(probe, inputs, np.random.default_rng(1))
     return probe
 
 
