@@ -19,6 +19,7 @@ Letters: G groups, L levels of one group.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +45,7 @@ from autoprune.core import (
     Trial,
     all_met,
     check_recovery,
+    check_rules,
 )
 
 Losses = NDArray[np.float64]
@@ -51,6 +53,7 @@ Levels = tuple[int, ...]
 Kinds = Mapping[str, "Callable[[], Levels]"]  # of finalists: how each is allocated under the costs as calibrated
 AIM = 0.25  # of a missed measurement's half width: so far below the limit the next answer is aimed
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
+EXCHANGES = 20  # of a round
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
 
@@ -67,8 +70,10 @@ class Sensitivity(Scripted):
 
     sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
     sweeping around the answer. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
-    squared x the groups' mean loss at the deepest level that could be scored. attempts: how often the answer may be
-    measured, calibrated and solved again. recovery: what finalists get before they are scored.
+    squared x the groups' mean loss at the deepest level that could be scored. exchanges: rounds in which a group gives
+    to another, from the best finalist, scored after their recovery; the best of a round is gone on from while it is
+    better. attempts: how often the answer may be measured, calibrated and solved again. recovery: what finalists get
+    before they are scored.
 
     Raises:
         InputError: a setting is out of its range.
@@ -84,19 +89,18 @@ class Sensitivity(Scripted):
         sweep_levels: int = 6,
         refinements: int = 1,
         evenness: Sequence[float] = EVENNESS,
+        exchanges: int = 0,
         attempts: int = 4,
         recovery: Recovery = "short",
     ) -> None:
-        if sweep_levels < 1 or refinements < 0 or attempts < 1:
-            raise InputError(
-                "sensitivity: sweep_levels and attempts must be >= 1 and refinements >= 0, "
-                f"got {sweep_levels}, {attempts}, {refinements}"
-            )
+        given = {"sweep_levels": sweep_levels, "refinements": refinements, "exchanges": exchanges, "attempts": attempts}
+        least = {"sweep_levels": 1, "refinements": 0, "exchanges": 0, "attempts": 1}
+        check_rules("sensitivity", {f"{name} >= {n}": given[name] >= n for name, n in least.items()}, given)
         _check_weights(evenness)
         check_recovery(recovery)
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
-        self.evenness = tuple(evenness)
+        self.evenness, self.exchanges = tuple(evenness), exchanges
         self._aims = {b.cost: 1.0 for b in self.budgets}  # what share of its limit an allocation may take
         self._leading: Kinds = {}  # to the best two finalists so far
         self._inside: dict[Levels, bool] = {}  # what was measured: whether it kept the budgets
@@ -119,7 +123,7 @@ class Sensitivity(Scripted):
                 best = yield from self._best_of(kinds)
                 if best is None:
                     return
-                answer, recovery = best
+                answer, recovery = yield from self._exchanged(*best, losses)
                 trial = yield from self._measured(answer, recovery)
                 if trial.error or not self._worth_another(trial):
                     return
@@ -258,6 +262,39 @@ class Sensitivity(Scripted):
                 self._leading = {kind: kinds[kind] for levels in ranked[:2] for kind in proposed[levels]}
                 return None if ranked[0] in self._inside else (ranked[0], recovery)
         return None
+
+    # ------------------------------------------------------------------------------------------------- exchanges
+
+    def _exchanged(
+        self, answer: Levels, recovery: Recovery, losses: Sequence[Losses]
+    ) -> Generator[list[Candidate], Sequence[Trial], tuple[Levels, Recovery]]:
+        """Where exchanges between groups lead from a finalist."""
+        for _ in range(self.exchanges):
+            around = [answer, *self._exchanges(answer, losses)]
+            unseen = [levels for levels in around if (levels, recovery) not in self._recovered]
+            trials = (yield [self._finalist(n, recovery, ["exchange"]) for n in unseen]) if unseen else ()
+            self._recovered |= {(levels, recovery): t for levels, t in zip(unseen, trials, strict=True)}
+            whole = {n: self._recovered[n, recovery].loss for n in around if not self._recovered[n, recovery].error}
+            best = min(whole, key=whole.__getitem__, default=answer)
+            if best == answer or best in self._inside:
+                break
+            answer = best
+        return answer, recovery
+
+    def _exchanges(self, answer: Levels, losses: Sequence[Losses]) -> list[Levels]:
+        """One group a level deeper, or as many as it takes for another to be as wide as the budgets then allow; those
+        of least loss by the sweep."""
+        found: dict[Levels, float] = {}
+        for giver, taker in itertools.permutations(range(len(answer)), 2):
+            for deeper in range(answer[giver] + 1, len(self.space.groups[giver].levels)):
+                given = (*answer[:giver], deeper, *answer[giver + 1 :])
+                taken = ((*given[:taker], wider, *given[taker + 1 :]) for wider in range(answer[taker]))
+                if (levels := next(filter(self._keeps, taken), None)) is not None:
+                    found[levels] = sum(float(row[i]) for row, i in zip(losses, levels, strict=True))
+                    break
+        return sorted((levels for levels in found if math.isfinite(found[levels])), key=found.__getitem__)[:EXCHANGES]
+
+    # ------------------------------------------------------------------------------------------------- proposals
 
     def _proposed(self, kinds: Kinds) -> dict[Levels, list[str]]:
         """Every allocation that keeps the budgets, with the kinds that lead to it."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from autoprune.proof import in_double, randomise
 from autoprune.tracing import record
 
 COLUMNS = "groups proven wrong fails prunable graph_seconds seconds error".split()
-SECONDS = 240  # for the groups of one network; what was not tried then counts as not proven
-DOUBLE = 2e9  # MACs of a pass that is made in double precision
+SECONDS = 120  # for the groups of one network; what was not tried then counts as not proven
+DOUBLE = 3e8  # MACs of a pass that is made in double precision
 
 
 def theirs(name: str) -> dict[str, Any]:
@@ -77,12 +78,10 @@ def judged(model: nn.Module, inputs: tuple[Tensor, ...], graph: Any, group: Any)
     """Whether a group is proven, wrong, or fails; and the tensors that it cuts."""
     try:
         smaller, gone = halved(model, graph, group)
-        masked = copy.deepcopy(model)
-        tensors = {**dict(masked.named_parameters()), **dict(masked.named_buffers())}
         with torch.no_grad():
-            for (name, dim), positions in gone.items():
-                tensors[name].index_fill_(dim, torch.tensor(positions), 0.0)
-            ours, whole = (tree_leaves(m(*arguments(inputs))) for m in (smaller, masked))
+            ours = tree_leaves(smaller(*arguments(inputs)))
+            with masked(model, gone):
+                whole = tree_leaves(model(*arguments(inputs)))
     except Exception:  # noqa: BLE001, foreign code on both sides
         return "fails", set()
     for a, b in zip(ours, whole, strict=True):
@@ -92,6 +91,20 @@ def judged(model: nn.Module, inputs: tuple[Tensor, ...], graph: Any, group: Any)
             if not float((a - b).abs().max()) <= (1e-5 if a.dtype == torch.float64 else 1e-3) * float(b.abs().max()):
                 return "wrong", set()
     return "proven", {name for name, _ in gone}
+
+
+@contextmanager
+def masked(model: nn.Module, gone: Mapping[tuple[str, int], list[int]]) -> Iterator[None]:
+    """Inside, these slices are zero; afterwards they are back."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    earlier = [(tensors[name], tensors[name].clone()) for name in {name for name, _ in gone}]
+    try:
+        for (name, dim), positions in gone.items():
+            tensors[name].index_fill_(dim, torch.tensor(positions), 0.0)
+        yield
+    finally:
+        for tensor, values in earlier:
+            tensor.copy_(values)
 
 
 def halved(model: nn.Module, graph: Any, group: Any) -> tuple[nn.Module, Mapping[tuple[str, int], list[int]]]:

@@ -22,12 +22,14 @@ from records import append, rows
 
 import autoprune
 from autoprune import criteria
+from autoprune.evaluate import Scoring
 from autoprune.prune import choose_units
 from autoprune.recover import FineTune
 from autoprune.space import Space, trace
 
 FILE = Path(__file__).parent / "results.csv"
 SPACE = Space(grain=("weight",), levels=50, max_ratio=0.98)  # thresholds at every 2 % of all weights
+SCORING = Scoring(images=5000, short=FineTune(epochs=1))
 FINAL = FineTune(epochs=5)
 
 
@@ -63,12 +65,18 @@ def main() -> None:
             limit = weights - round(0.9 * weights) + others
             for way, strategy in (
                 ("one threshold", {"_target_": "autoprune.strategies.uniform.Uniform", "by": "threshold"}),
-                ("sensitivity", "sensitivity"),
+                ("sensitivity", {"_target_": "autoprune.strategies.sensitivity.Sensitivity", "exchanges": 4}),
             ):
                 if any((r["network"], r["seed"], r["way"]) == (network, str(seed), way) for r in rows(FILE)):
                     continue
                 found = autoprune.search(
-                    task, budget=f"params_{limit}", strategy=strategy, space=SPACE, final=FINAL, seed=seed
+                    task,
+                    budget=f"params_{limit}",
+                    strategy=strategy,
+                    space=SPACE,
+                    scoring=SCORING,
+                    final=FINAL,
+                    seed=seed,
                 )
                 kept = found.measured["params"].value - others
                 append(
