@@ -130,6 +130,7 @@ class Evaluator:
             "task": self.task.name,
             "weights": weights_hash(self.task.model),
             "architecture": self.traced.fingerprint,
+            "units": ["+".join(self.traced.grain), *(group.size for group in self.traced.space.groups)],
             "data": fingerprint([self.chunks, self.recalibration]),
             "training batches": _count(self.task.train),
             "lr": self.task.lr,
