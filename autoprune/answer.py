@@ -93,7 +93,15 @@ def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Pr
     """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
     goes_on = answer.candidate.parent is not None
     model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
-    train(model, evaluator.task, plan, teacher=evaluator.dense_model, seed=evaluator.seed, progress=progress)
+    train(
+        model,
+        evaluator.task,
+        plan,
+        teacher=evaluator.dense_model,
+        frozen=evaluator.frozen,
+        seed=evaluator.seed,
+        progress=progress,
+    )
     return model
 
 

@@ -40,7 +40,7 @@ from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, Teacher, check_healing, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, Teacher, check_healing, finetune, foreign, recalibrate
 from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
@@ -142,6 +142,11 @@ class Evaluator:
             "torch": torch.__version__,
         }
 
+    @functools.cached_property
+    def frozen(self) -> bool:
+        """Whether batch normalisations keep their statistics throughout, as they are not of the training data."""
+        return foreign(self.dense_model, self.recalibration, self.task.loss)
+
     def dense(self) -> Scored:
         """The dense model's scores on the same images."""
         if self._dense is None:
@@ -166,7 +171,7 @@ class Evaluator:
         if candidate.recovery != "none":
             if "reconstruct" in self.scoring.recovery and self.traced.narrows:
                 self._reconstruct(model, kept, source, candidate.parent)
-            if "bn_recalibrate" in self.scoring.recovery:
+            if "bn_recalibrate" in self.scoring.recovery and not self.frozen:
                 recalibrate(model, self.recalibration)
         if candidate.recovery == "short":
             with seeded(self.seed):
@@ -177,6 +182,7 @@ class Evaluator:
                     loss=self.task.loss,
                     lr=self.task.lr,
                     teacher=self._teacher,
+                    frozen=self.frozen,
                 )
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model

@@ -19,7 +19,7 @@ from autoprune.costs import counted
 from autoprune.criteria import Criterion
 from autoprune.keywords import named, positional_task
 from autoprune.prune import RatioTable
-from autoprune.recover import HEALING, FineTune, check_healing, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, check_healing, finetune, foreign, recalibrate
 
 FINAL = FineTune(epochs=3)
 
@@ -72,9 +72,10 @@ def finetune_table(
     with seeded(seed):
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    model = healed(task, table, batches, recovery, device=device)
     teacher = copy.deepcopy(task.model).to(device)
-    train(model, task, final, teacher=teacher, seed=seed, progress=progress)
+    frozen = foreign(task.model, batches, task.loss)
+    model = healed(task, table, batches, recovery, device=device)
+    train(model, task, final, teacher=teacher, frozen=frozen, seed=seed, progress=progress)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = test(task, [teacher, model])
     inputs = to_device(task.inputs, device)
@@ -104,13 +105,22 @@ def healed(
         InputError: the model has another architecture than the table's.
     """
     model = table.prune(task.model, task.inputs, reconstruct=batches if "reconstruct" in recovery else ()).to(device)
-    if "bn_recalibrate" in recovery:
+    if "bn_recalibrate" in recovery and not foreign(task.model, batches, task.loss):
         recalibrate(model, to_device(batches, device))
     return model
 
 
-def train(model: nn.Module, task: Task, plan: FineTune, *, teacher: nn.Module, seed: int, progress: Progress) -> None:
-    """Fine-tune a network in place, seen by `progress`."""
+def train(
+    model: nn.Module,
+    task: Task,
+    plan: FineTune,
+    *,
+    teacher: nn.Module,
+    frozen: bool,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Fine-tune a network in place, seen by `progress`. frozen: as of recover.finetune."""
     begun = False
 
     def on_step(done: int, total: int) -> None:
@@ -121,7 +131,7 @@ def train(model: nn.Module, task: Task, plan: FineTune, *, teacher: nn.Module, s
         progress.step()
 
     with seeded(seed):
-        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, on_step=on_step)
+        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, frozen=frozen, on_step=on_step)
 
 
 def test(task: Task, models: Sequence[nn.Module]) -> list[float]:

@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from autoprune.borrowing import arguments, fingerprint, to_device
+from autoprune.borrowing import arguments, evaluating, fingerprint, to_device
 from autoprune.core import InputError, check_rules
 
 HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
+FOREIGN = 3.0  # so many times a model's loss where statistics of the data at hand do not go with its weights
 
 
 def check_healing(place: str, recovery: Sequence[str]) -> None:
@@ -31,7 +33,7 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     The statistics of the wide network are wrong for the cut one; this alone restores most of the accuracy
     (EagleEye; Li et al., ECCV 2020, arXiv 2007.02491). Nothing else changes; without such layers nothing happens.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = _norms(model)
     if not norms or not batches:
         return
     momenta = [m.momentum for m in norms]
@@ -46,6 +48,28 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
+
+
+def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Those that keep statistics."""
+    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+    return [norm for norm in norms if norm.track_running_stats]
+
+
+def foreign(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> bool:
+    """Whether the model's batch normalisation statistics are of other data than these batches, as of a published
+    network that is used on pictures of another kind: with theirs instead, its loss on them is many times higher. Such
+    statistics belong to the weights and are not to be taken anew."""
+    if not _norms(model) or not batches:
+        return False
+    own = copy.deepcopy(model)
+    recalibrate(own, batches)
+    return _loss(own, batches, loss) > FOREIGN * _loss(model, batches, loss) + 0.01
+
+
+def _loss(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> float:
+    with torch.no_grad(), evaluating(model):
+        return float(np.mean([float(loss(model(*arguments(inputs)), target)) for inputs, target in batches]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +136,13 @@ def finetune(
     loss: Callable[[Any, Any], Tensor],
     lr: float,
     teacher: nn.Module | Teacher | None = None,
+    frozen: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train `model` in place and leave it in evaluation mode. Draws come from the global generators: seed them.
 
-    on_step(done, total) is called after each step. Raises FloatingPointError when the loss is no longer finite.
+    frozen: batch normalisations keep their statistics, and use them in training too (see `foreign`). on_step(done,
+    total) is called after each step. Raises FloatingPointError when the loss is no longer finite.
     """
     per_epoch = _length(train)
     total = round(plan.epochs * per_epoch)
@@ -137,6 +163,8 @@ def finetune(
     wise = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
     device = next(model.parameters()).device
     model.train()
+    for norm in _norms(model) if frozen else ():
+        norm.eval()
     for step, (inputs, target) in enumerate(_endless(train), start=1):
         target = to_device(target, device)
         output = model(*arguments(inputs, device))

@@ -247,6 +247,8 @@ def _prepared(
         seed=seed,
         cache=None if cache is None else Path(cache),
     )
+    if evaluator.frozen:
+        progress.say("the batch normalisation statistics are not of the training data: they are kept as they are")
     return _Prepared(evaluator, prices, asked, target)
 
 

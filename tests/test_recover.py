@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from autoprune.borrowing import seeded
 from autoprune.core import InputError
-from autoprune.recover import FineTune, Teacher, finetune, recalibrate
+from autoprune.recover import FineTune, Teacher, finetune, foreign, recalibrate
 
 
 def data(n: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -31,6 +31,28 @@ def test_recalibration_gives_the_average_statistics_of_the_batches() -> None:
     assert norm.momentum == 0.1
     assert not model.training
     assert all(torch.equal(weights[k], v) for k, v in model[1].state_dict().items())
+
+
+def test_statistics_of_other_data_are_told_and_kept() -> None:
+    """A network whose first weights go with statistics that its inputs do not have."""
+
+    def network(mean: float) -> nn.Module:
+        model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+        with torch.no_grad():
+            model[0].running_mean.fill_(mean)
+            model[1].weight.copy_(torch.tensor([[5.0, 0, 0], [-5.0, 0, 0]]))
+            model[1].bias.zero_()
+        return model.eval()
+
+    x = data()[0][0]
+    ours, theirs = [(x, network(mean)(x).argmax(1)) for mean in (float(x[:, 0].mean()), 0.0)]
+    assert not foreign(network(float(x[:, 0].mean())), [ours], F.cross_entropy)
+    assert foreign(network(0.0), [theirs], F.cross_entropy)
+    assert not foreign(nn.Linear(3, 2), [theirs], F.cross_entropy)
+    model = network(0.0)
+    finetune(model, [theirs], FineTune(epochs=3), loss=F.cross_entropy, lr=0.1, frozen=True)
+    assert torch.equal(model[0].running_mean, torch.zeros(3))  # type: ignore[index, arg-type]
+    assert not model.training
 
 
 def test_recalibration_without_normalisation_changes_nothing() -> None:

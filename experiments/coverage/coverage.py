@@ -85,8 +85,8 @@ def alone(side: Callable[[str], dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def main(part: str) -> None:
-    for name, network in networks().items():
-        for file, columns, side in ((FILE, COLUMNS, ours), (PEER, peer.COLUMNS, peer.theirs)):
+    for file, columns, side in ((FILE, COLUMNS, ours), (PEER, peer.COLUMNS, peer.theirs)):
+        for name, network in networks().items():
             if part in name and not any(row["network"] == name for row in rows(file)):
                 values: dict[str, Any] = {"network": name, "family": network.family} | dict.fromkeys(columns, "")
                 append(file, values | alone(side, name))
