@@ -74,16 +74,21 @@ def evenly(
     space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:
     """The baseline: level indices nearest above one common ratio, the least that `keeps` every limit; a group that has
-    no such level gives its deepest.
+    no such level gives its deepest. Of the blocks, that share of them goes, evenly spread over the depth.
 
     losses: [L] a group, as of `allocate`: an infinite entry is a level that may not be taken.
 
     Raises:
         InfeasibleError: no common ratio does.
     """
-    for common in sorted({level for group in space.groups for level in group.levels}):
+    blocks = [i for i, group in enumerate(space.groups) if group.kind == "block"]
+    widths = {level for group in space.groups if group.kind != "block" for level in group.levels}
+    for common in sorted(widths | {k / len(blocks) for k in range(len(blocks) + 1) if blocks}):
+        count = round(common * len(blocks))
+        out = {blocks[int((k + 0.5) * len(blocks) / count)] for k in range(count)}
         each = ((i for i, ratio in enumerate(g.levels) if ratio >= common) for g in space.groups)
         levels = tuple(next(i, len(g.levels) - 1) for i, g in zip(each, space.groups, strict=True))
+        levels = tuple(int(g in out) if g in blocks else level for g, level in enumerate(levels))
         if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
             return levels
     raise InfeasibleError

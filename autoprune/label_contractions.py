@@ -124,6 +124,8 @@ def bmm(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor
     left, right = rec.label(x), rec.label(y)
     rec.count(left, right.shape[2]) if varies(left, 2) else rec.count(right, left.shape[1])
     left, right = _contracted(rec, left, right, f"aten.{name}")
+    if varies(left, 0) and varies(right, 0):  # units that are multiplied each for itself
+        rec.heads.append(np.unique(small(left).numpy()))
     return rec.meet([left, right], tuple(out.shape), f"aten.{name}")
 
 

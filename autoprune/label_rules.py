@@ -260,9 +260,7 @@ def _only_along(label: Tensor, dims: Sequence[int]) -> bool:
 
 def along(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Any) -> list[Tensor]:
     label = rec.label(given["self"])
-    apart = rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
-    if name == "_softmax" and any(varies(apart, d) for d in range(1, apart.dim())):  # beside what is weighed: heads
-        rec.heads.append(np.unique(small(apart).numpy()))
+    rec.unite_along(label, [given.get("dim", -1) % label.dim()], f"aten.{name}")
     return [label for _ in tensors(out)]
 
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from autoprune.borrowing import arguments
-from autoprune.core import FLAT, Group, Layer, PruningSpace, Refusal, Slice, Term
+from autoprune.core import FLAT, Group, Kinds, Layer, PruningSpace, Refusal, Slice, Term
 from autoprune.recording import Contraction
-from autoprune.traced import TracedModel, fingerprint, owner, tensors_of, with_tensors
+from autoprune.traced import TracedModel, all_names, fingerprint, owner, tensors_of, with_tensors
 from autoprune.tracing import record
 from autoprune.units import Labels
 
-MASK_GRAINS = ("weight", "n_m")
+MASK_GRAINS: tuple[Kinds, ...] = ("weight", "n_m")
 ORIGINAL, MASK = "_orig", "_mask"  # what torch.nn.utils.prune adds to the name of a tensor that it masks
 
 
@@ -44,7 +44,8 @@ class MaskedModel(TracedModel):
             mask = torch.ones_like(weight).flatten()
             mask[torch.from_numpy(gone).to(mask.device)] = 0
             module, _, own = name.rpartition(".")
-            prune.custom_from_mask(masked.get_submodule(module), own, mask.view_as(weight))
+            with torch.no_grad():  # else the weight could not be copied
+                prune.custom_from_mask(masked.get_submodule(module), own, mask.view_as(weight))
         return masked
 
     def spread(self, model: nn.Module, smaller: Mapping[str, Tensor], kept: Sequence[Labels]) -> nn.Module:
@@ -65,7 +66,7 @@ class MaskedModel(TracedModel):
 
 
 def masked(
-    model: nn.Module, inputs: tuple[Tensor, ...], grain: str, *, levels: int, max_ratio: float, m: int
+    model: nn.Module, inputs: tuple[Tensor, ...], grain: Kinds, *, levels: int, max_ratio: float, m: int
 ) -> MaskedModel:
     """The weights of every convolution and linear layer that runs, each a group.
 
@@ -78,12 +79,12 @@ def masked(
     thresholds: tuple[tuple[float, ...], ...] = ()
     if grain == "weight":
         shares = _thresholds([weight.values.abs().flatten() for weight in found], levels, max_ratio)
-        ratios = [tuple(sorted({0.0, *(row[g] for row in shares if row[g] < 1)})) for g in range(len(found))]
-        thresholds = tuple(row for row in shares if max(row, default=1.0) < 1)
+        ratios = [tuple(sorted({0.0, *(row[g] for row in shares)})) for g in range(len(found))]
+        thresholds = tuple(row for row in shares if found)
     else:
         ratios = [tuple(k / m for k in range(m) if k / m <= max_ratio) for _ in found]
     groups = (
-        Group(name=w.layer.name, size=n, levels=own, layers=(w.layer,), members=(w.layer.name,))
+        Group(name=w.layer.name, size=n, levels=own, layers=(w.layer,), members=(w.layer.name,), kind=grain)
         for w, n, own in zip(found, sizes, ratios, strict=True)
     )
     return MaskedModel(
@@ -116,13 +117,21 @@ def _found(
 ) -> tuple[list[_Weight], tuple[Refusal, ...]]:
     """The weights that can be masked, in the order in which they run, and the layers that cannot."""
     uses: dict[str, list[Contraction]] = defaultdict(list)
+    names = all_names(model)
     for use in record(model, arguments(inputs), {}).contractions:
         uses[use.weight].append(use)
     found, refused = [], []
     for name, its in uses.items():
         module, values = model.get_submodule(name.rpartition(".")[0]), model.get_parameter(name).detach().cpu()
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         if not isinstance(module, nn.modules.conv._ConvNd | nn.Linear):
             refused.append(Refusal(owner(name), f"a weight of {type(module).__name__} is not masked"))
+        elif transposed and grain == "n_m":
+            refused.append(Refusal(owner(name), "a transposed convolution reads along another dimension"))
+        elif len(names[id(model.get_parameter(name))]) > 1:
+            refused.append(Refusal(owner(name), "its weight is another layer's too"))
+        elif {use.module for use in its} != {owner(name)}:
+            refused.append(Refusal(owner(name), "its weight is read without its own forward, past a mask"))
         elif grain == "n_m" and values.shape[1] % m:
             refused.append(Refusal(owner(name), f"its input dimension, {values.shape[1]}, is no multiple of m={m}"))
         else:
@@ -146,12 +155,12 @@ def _units(weight: Tensor, grain: str, m: int) -> Labels:
 
 
 def _thresholds(magnitudes: Sequence[Tensor], levels: int, max_ratio: float) -> tuple[tuple[float, ...], ...]:
-    """Of each threshold the fraction of every group [G] that lies below it; see `masked`."""
+    """Of each threshold the fraction of every group [G] that lies below it, its largest never; see `masked`."""
     sizes = np.array([len(part) for part in magnitudes], dtype=np.int64)
     group = np.repeat(np.arange(len(magnitudes)), sizes)
-    order = group[np.argsort(torch.cat(list(magnitudes)).numpy(), kind="stable")] if len(group) else group
+    order = group[np.argsort(torch.cat(list(magnitudes)).double().numpy(), kind="stable")] if len(group) else group
     counts = [round(k / (levels - 1) * max_ratio * len(order)) for k in range(levels)]
-    below = [np.bincount(order[:count], minlength=len(magnitudes)) for count in counts]
+    below = [np.minimum(np.bincount(order[:count], minlength=len(sizes)), sizes - 1) for count in counts]
     return tuple(tuple((gone / sizes).tolist()) for gone in below)
 
 

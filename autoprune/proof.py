@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves
 from autoprune.borrowing import arguments
 from autoprune.grouping import labels_of
 from autoprune.recording import Recording
-from autoprune.traced import SizeAttribute, TracedModel, tensors_of
+from autoprune.traced import SizeAttribute, TracedModel, all_names, tensors_of
 from autoprune.units import Labels
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}  # of the largest output
 DIFFERS = "cutting differs from masking"
+SUBSETS = 4  # of the blocks that are left out together to prove them
 
 
 @dataclass(frozen=True)
@@ -215,14 +216,20 @@ def _fewest_links(
 def deepest(
     probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, levels: Mapping[str, Sequence[float]], seed: int
 ) -> dict[str, tuple[float, ...]]:
-    """The levels of each group down to the deepest at which its proof holds; a block's 1.0 is proven here."""
+    """The levels of each group down to the deepest at which its proof holds. A block's 1.0 is proven here: alone, with
+    others and with all, as one may need what another does."""
     found = {name: tuple(ratios) for name, ratios in levels.items()}
     groups = range(len(traced.space.groups))
+    blocks, rng = [i for i in groups if traced.space.groups[i].kind == "block"], np.random.default_rng(seed)
 
     def holds(which: Sequence[int]) -> bool:
         widths = {i: round(g.size * (1 - found[g.name][-1])) for i, g in enumerate(traced.space.groups)}
         return _check(probe, inputs, traced, which, seed, widths) is None
 
+    some = [[i for i in blocks if rng.random() < 0.5] for _ in range(SUBSETS if len(blocks) > 2 else 0)]
+    for chosen in [*([i] for i in blocks), *some]:
+        if chosen and not holds(chosen):
+            found |= {traced.space.groups[i].name: (0.0,) for i in chosen}
     if holds(groups):
         return found
     for g in groups:
@@ -245,7 +252,8 @@ def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
         return hook
 
     inner = ((name, m) for name, m in model.named_modules() if name and any(True for _ in m.children()))
-    holding = {name: m for name, m in inner if any(True for _ in m.parameters())}
+    names = all_names(model)
+    holding = {name: m for name, m in inner if _owns(name, [names[id(p)] for p in m.parameters()])}
     hooks = [m.register_forward_hook(watching(name), with_kwargs=True) for name, m in holding.items()]
     try:
         with torch.no_grad():
@@ -262,6 +270,8 @@ def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
                     ((given, output),) = seen[name]
                     if isinstance(given, Tensor) and isinstance(output, Tensor) and torch.equal(given, output):
                         found.append(name)
+                except Exception:  # noqa: BLE001, foreign code on weights that are all zero
+                    continue
                 finally:
                     for tensor, values in held:
                         tensor.copy_(values)
@@ -269,6 +279,11 @@ def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
         for hook in hooks:
             hook.remove()
     return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _owns(block: str, parameters: Sequence[Sequence[str]]) -> bool:
+    """Whether a module has parameters, and all of them for itself."""
+    return bool(parameters) and all(name.startswith(f"{block}.") for names in parameters for name in names)
 
 
 def _of_one_shape(given: object, output: object) -> bool:

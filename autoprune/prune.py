@@ -6,6 +6,7 @@ Letters: G groups, U units of one group.
 from __future__ import annotations
 
 import base64
+import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class RatioTable:
                     "kept": len(g.units),
                     "ratio": round(g.ratio, 6),
                     "members": list(g.members),
+                    **({"kind": "block"} if not g.units else {}),
                     **({"bits": _packed(g)} if self.grain == "weight" else {"units": list(g.units)}),
                 }
                 for g in self.groups
@@ -142,7 +144,7 @@ class RatioTable:
                 budgets=tuple(values["budgets"]),
                 provenance=values["provenance"],
             )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, binascii.Error) as error:
             raise InputError(f"ratio table {path} is damaged: {type(error).__name__} {error}") from error
 
     def prune(
@@ -241,6 +243,8 @@ class RatioTable:
                     f"group '{row.name}' has {group.size} units in this model, {row.size} in the ratio table: "
                     "it is another architecture"
                 )
+            if not row.units and group.kind != "block":
+                raise InputError(f"the ratio table keeps none of the {row.size} units of group '{row.name}'")
         if len(found) != len(self.groups):
             extra = next(name for name in found if name not in {g.name for g in self.groups})
             raise InputError(f"group '{extra}' of this model is not in the ratio table: it is another architecture")
@@ -257,9 +261,10 @@ class RatioTable:
 
 def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
     size, units = row["size"], tuple(row["units"]) if "units" in row else _unpacked(row["bits"], row["size"])
+    least = 0 if row.get("kind") == "block" else 1
     whole = isinstance(size, int) and all(type(u) is int for u in units)
-    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not 0 <= len(units) <= size:
-        raise InputError(f"ratio table {path}: group '{name}' must keep up to {size} distinct ascending units")
+    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not least <= len(units) <= size:
+        raise InputError(f"ratio table {path}: group '{name}' must keep {least} to {size} distinct ascending units")
     if units and (units[0] < 0 or units[-1] >= size):
         raise InputError(f"ratio table {path}: units of group '{name}' must lie in 0..{size - 1}")
     return TableGroup(name=name, size=size, units=units, members=tuple(row["members"]))

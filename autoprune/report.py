@@ -177,7 +177,8 @@ def show_comparison(lines: Sequence[str], files: Sequence[Path]) -> None:
 def show_diagnosis(found: Diagnosis) -> None:
     """The screen of a doctor: every group, every layer that is left whole with the reason, and the shares."""
     console, space, macs = Console(), found.traced.space, found.traced.macs
-    shown = Table("group", "units", "layers", "of MACs", title="groups, each proven", title_justify="left")
+    title = "groups, each proven" if found.traced.narrows else "layers that can be masked"
+    shown = Table("group", "units", "layers", "of MACs", title=title, title_justify="left")
     whole = [g.size for g in space.groups]
     for i, group in enumerate(space.groups):
         touched = [term for term in macs if i in term.left[1] or i in term.right[1] or i == term.gate]

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import is_pruned
 from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments, seeded
-from autoprune.core import InputError, check_rules
+from autoprune.core import InputError, Refusal, check_rules
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
 from autoprune.masks import MASK_GRAINS, masked
@@ -93,18 +93,25 @@ def explored(
     inputs = tuple(x[:2].to("cpu") for x in inputs)
     with seeded(seed):
         probe = _probe(model, inputs)
-        if space.grain[0] in MASK_GRAINS:
+        if masks := [grain for grain in MASK_GRAINS if grain in space.grain]:
             own = copy.deepcopy(model).to("cpu").eval()
-            return masked(own, inputs, space.grain[0], levels=space.levels, max_ratio=space.max_ratio, m=space.m)
+            return masked(own, inputs, masks[0], levels=space.levels, max_ratio=space.max_ratio, m=space.m)
         exact, exact_inputs = in_double(probe, inputs) if _cheap(probe, inputs) else (probe, inputs)
-        blocks = skippable(exact, exact_inputs) if "block" in space.grain else []
-        widths = {"grain": tuple(space.grain), "blocks": blocks}
+        widths: dict[str, Any] = {"grain": tuple(space.grain), "blocks": []}
+        if "block" in space.grain:
+            widths["blocks"] = skippable(exact, exact_inputs)
         traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
         if exact is probe and any(DIFFERS in refusal.reason for refusal in traced.space.refused):
             exact, exact_inputs = in_double(probe, inputs)  # it may be rounding alone
             traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
         choices = {g.name: g.levels if g.kind == "block" else _levels(g.size, space) for g in traced.space.groups}
         choices = deepest(exact, exact_inputs, traced, choices, seed)
+        needed = [g.name for g in traced.space.groups if g.kind == "block" and len(choices[g.name]) == 1]
+        if needed:
+            widths["blocks"] = [block for block in widths["blocks"] if block not in needed]
+            traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
+            refused = (Refusal(block, "leaving this block out differs from silencing it") for block in needed)
+            traced = replace(traced, space=replace(traced.space, refused=(*traced.space.refused, *refused)))
     return replace(traced, space=traced.space.with_levels(choices))
 
 

@@ -96,8 +96,9 @@ class TracedModel:
         smaller: the names and values of `tensors_of` the smaller network.
         """
         removed, tensors = self.removed(kept), {}
+        out = tuple(f"{block}." for block in self.left_out(kept))
         for name, tensor in tensors_of(model):
-            if name not in smaller:  # of a block that was left out, which adds nothing where all in it is zero
+            if name.startswith(out):  # of a block that was left out, which adds nothing where all in it is zero
                 tensors[name] = torch.zeros_like(tensor)
                 continue
             data = smaller[name].detach().to(tensor.device, copy=True)
@@ -188,6 +189,14 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and buffers, each once."""
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def all_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, which has several where it is tied, by its id."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found[id(parameter)].append(name)
+    return found
 
 
 def owner(tensor: str) -> str:

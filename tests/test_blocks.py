@@ -16,7 +16,7 @@ from zoo import ZOO
 
 import autoprune
 from autoprune import components
-from autoprune.allocate import allocate, cost_of
+from autoprune.allocate import allocate, cost_of, evenly
 from autoprune.core import CostForm
 from autoprune.costs import counted, counted_models
 from autoprune.evaluate import Scoring
@@ -69,6 +69,71 @@ def test_what_is_no_residual_is_no_block() -> None:
 
     model = nn.Sequential(nn.Linear(6, 8), PostNorm(), PreNorm(), nn.Linear(8, 3))
     assert [g.name for g in trace(model, (torch.randn(2, 6),), BLOCK).space.groups] == ["2"]
+
+
+class Residual(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.out = inner, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.relu(self.inner(x)))  # type: ignore[no-any-return]
+
+
+def test_blocks_that_share_a_layer_stay() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(
+        nn.Linear(6, 8), Residual(shared), Residual(shared), Residual(nn.Linear(8, 8)), nn.Linear(8, 3)
+    )
+    assert [g.name for g in trace(model, (torch.randn(2, 6),), BLOCK).space.groups] == ["3"]
+
+
+def test_a_block_that_another_needs_stays() -> None:
+    class Fills(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            cache.append(x)
+            return super().forward(x)
+
+    class Reads(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 0 * cache.pop()
+
+    cache: list[Tensor] = []
+    layers = [
+        nn.Linear(6, 8),
+        Fills(nn.Linear(8, 8)),
+        Reads(nn.Linear(8, 8)),
+        Residual(nn.Linear(8, 8)),
+        nn.Linear(8, 3),
+    ]
+    traced = trace(nn.Sequential(*layers), (torch.randn(2, 6),), BLOCK)
+    assert "1" not in [g.name for g in traced.space.groups]
+    assert "3" in [g.name for g in traced.space.groups]
+    assert ("1", "leaving this block out differs from silencing it") in [
+        (r.name, r.reason) for r in traced.space.refused
+    ]
+
+
+def test_a_model_that_raises_on_zero_weights_is_traced() -> None:
+    class Picky(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            if not bool(self.out.weight.any()):
+                raise ValueError("degenerate")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(6, 8), Picky(nn.Linear(8, 8)), Residual(nn.Linear(8, 8)), nn.Linear(8, 3))
+    assert [g.name for g in trace(model, (torch.randn(2, 6),), BLOCK).space.groups] == ["2"]
+
+
+def test_of_the_blocks_the_common_ratio_goes_too() -> None:
+    space = trace(resnet(), INPUTS, BOTH).space
+    blocks = [i for i, g in enumerate(space.groups) if g.kind == "block"]
+    levels = evenly(space, lambda levels: sum(levels[i] for i in blocks) >= 3)
+    ratios = [r for g, r in zip(space.groups, space.ratios(levels), strict=True) if g.kind == "channel"]
+    assert sum(levels[i] for i in blocks) == 3
+    assert 0.3 <= min(ratios) <= max(ratios) <= 0.55
+    only = trace(resnet(), INPUTS, BLOCK).space
+    assert evenly(only, lambda levels: sum(levels) >= 2) == (0, 1, 0, 0, 0, 1, 0)
 
 
 def test_leaving_blocks_out_equals_silencing_them() -> None:

@@ -78,6 +78,58 @@ def test_of_every_m_the_n_largest_stay(model: nn.Module) -> None:
         assert torch.equal(left.abs().amax(1), rows.abs().amax(1))
 
 
+class Attending(nn.Module):
+    """Multi-head attention reads its output layer's weight without calling it; the head is tied to the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.attention = nn.Linear(8, 16, bias=False), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.last, self.head = nn.Linear(16, 8), nn.Linear(8, 16, bias=False)
+        self.head.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = self.attention(x, x, x)[0]
+        return self.head(self.last(x)).mean(1)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("space", [WEIGHT, N_M])
+def test_weights_that_a_mask_would_miss_are_refused(space: Space) -> None:
+    model, inputs = Attending().eval(), (torch.randn(2, 5, 8),)
+    traced = trace(model, inputs, space)
+    assert [g.name for g in traced.space.groups] == ["last"]
+    assert {r.name: r.reason for r in traced.space.refused} == {
+        "first": "its weight is another layer's too",
+        "attention": "a weight of MultiheadAttention is not masked",
+        "attention.out_proj": "its weight is read without its own forward, past a mask",
+    }
+    smaller = cut(model, traced, (traced.space.groups[0].levels[-1],))
+    assert counted(smaller, inputs)["params"].value < counted(model, inputs)["params"].value
+
+
+def test_along_which_dimension_a_transposed_convolution_reads_is_not_guessed() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(8, 4, 2), nn.Conv2d(4, 8, 1))
+    traced = trace(model, (torch.randn(2, 8, 4, 4),), N_M)
+    assert [g.name for g in traced.space.groups] == ["1"]
+
+
+def test_a_layer_of_zeros_hides_no_threshold(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.get_parameter("7.weight").zero_()
+    traced = trace(model, INPUTS, WEIGHT)
+    assert len(traced.space.thresholds) == 50
+    assert traced.space.thresholds[-1][2] == pytest.approx(1 - 1 / model.get_parameter("7.weight").numel())
+
+
+def test_a_masked_network_can_be_copied_and_half_precision_traced(model: nn.Module) -> None:
+    traced = trace(model, INPUTS, WEIGHT)
+    smaller = cut(model, traced, traced.space.thresholds[20])
+    torch.testing.assert_close(copy.deepcopy(smaller)(*INPUTS), smaller(*INPUTS))
+    low = LeNet().to(torch.bfloat16)
+    assert len(trace(low, (INPUTS[0].to(torch.bfloat16),), WEIGHT).space.groups) == 4
+    assert {g.kind for g in traced.space.groups} == {"weight"}
+
+
 @pytest.mark.parametrize("space", [WEIGHT, N_M])
 def test_masked_weights_stay_gone_in_training(model: nn.Module, space: Space) -> None:
     traced = trace(model, INPUTS, space)

@@ -160,3 +160,11 @@ def test_no_pickle_anywhere() -> None:
         assert "torch.load(" not in text, path
         assert "yaml.load(" not in text, path
         assert "allow_pickle=True" not in text, path
+
+
+def test_a_table_that_keeps_none_of_a_group_is_refused() -> None:
+    model = network()
+    table = table_of(model)
+    empty = dataclasses.replace(table, groups=(dataclasses.replace(table.groups[0], units=()), *table.groups[1:]))
+    with pytest.raises(InputError, match="keeps none of the 8 units of group 'conv1'"):
+        empty.prune(model, INPUTS)

@@ -37,12 +37,12 @@ def test_statistics_of_other_data_are_told_and_kept() -> None:
     """A network whose first weights go with statistics that its inputs do not have."""
 
     def network(mean: float) -> nn.Module:
-        model = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+        norm, linear = nn.BatchNorm1d(3), nn.Linear(3, 2)
+        norm.get_buffer("running_mean").fill_(mean)
         with torch.no_grad():
-            model[0].running_mean.fill_(mean)
-            model[1].weight.copy_(torch.tensor([[5.0, 0, 0], [-5.0, 0, 0]]))
-            model[1].bias.zero_()
-        return model.eval()
+            linear.weight.copy_(torch.tensor([[5.0, 0, 0], [-5.0, 0, 0]]))
+            linear.bias.zero_()
+        return nn.Sequential(norm, linear).eval()
 
     x = data()[0][0]
     ours, theirs = [(x, network(mean)(x).argmax(1)) for mean in (float(x[:, 0].mean()), 0.0)]
@@ -51,7 +51,7 @@ def test_statistics_of_other_data_are_told_and_kept() -> None:
     assert not foreign(nn.Linear(3, 2), [theirs], F.cross_entropy)
     model = network(0.0)
     finetune(model, [theirs], FineTune(epochs=3), loss=F.cross_entropy, lr=0.1, frozen=True)
-    assert torch.equal(model[0].running_mean, torch.zeros(3))  # type: ignore[index, arg-type]
+    assert torch.equal(model.get_buffer("0.running_mean"), torch.zeros(3))
     assert not model.training
 
 
