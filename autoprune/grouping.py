@@ -40,7 +40,7 @@ def gather(
     slices: list[tuple[Slice, ...]] = []
     refusals: list[Refusal] = []
     group_of = np.full(recording.units.count + 1, -1)
-    named: Counter[str] = Counter()
+    named = Counter(blocks)
     alike = _alike(slots, recording.units.count)
     heads = recording.units.roots(np.concatenate([*recording.heads, np.empty(0, dtype=np.int64)]))
     heads = heads[heads > 0]

@@ -158,6 +158,27 @@ def select(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Ten
     return label.select(given["dim"], given["index"])
 
 
+def index_select(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    """Of a dimension without units it picks what it likes."""
+    label, dim = rec.label(given["self"]), given["dim"]
+    if varies(label, dim):
+        rec.keep_label(label, f"aten.{name} of units by their number")
+        return torch.zeros(out.shape, dtype=torch.int64)
+    return label.narrow(dim, 0, 1).expand(out.shape) if label.shape[dim] else label
+
+
+def gather(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Tensor:
+    """As index_select, at places that may differ along every other dimension."""
+    label, dim, shape = rec.label(given["self"]), given["dim"], out.shape
+    others = [d for d in range(label.dim()) if d != dim % label.dim()]
+    if varies(label, dim) or any(label.shape[d] != shape[d] and varies(label, d) for d in others):
+        rec.keep_label(label, f"aten.{name} of units by their number")
+        return torch.zeros(shape, dtype=torch.int64)
+    return label[
+        tuple(slice(0, 1) if d not in others or label.shape[d] != shape[d] else slice(None) for d in range(label.dim()))
+    ].expand(shape)
+
+
 def roll(rec: Recording, func: Any, name: str, given: dict[str, Any], out: Tensor) -> Any:
     label = rec.label(given["self"])
     if any(varies(label, d) for d in given.get("dims") or range(label.dim())):

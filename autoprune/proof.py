@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,46 +25,145 @@ from autoprune.units import Labels
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}  # of the largest output
 DIFFERS = "cutting differs from masking"
+DRAWS = 2  # of random widths of all groups together
+FAR = 1000.0
 SUBSETS = 4  # of the blocks that are left out together to prove them
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The proven model, or the groups that failed with the reason of each."""
+    """The proven model, or the groups that failed with the reason of each; hopeless: those that no other reading of the
+    sizes in the model's Python would save."""
 
     proven: TracedModel | None
     groups: Mapping[int, str]
+    hopeless: frozenset[int] = frozenset()
 
 
 def failing(
     probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, recording: Recording, seed: int
 ) -> Outcome:
-    """Prove all groups together, on two draws of units and two batch sizes; on failure each group alone."""
+    """Prove all groups together, at half and at random widths, on two draws of units and two batch sizes; on failure
+    each group alone. Then that the cut model runs in training, and that the output depends on every group at all."""
     everything = [i for i, g in enumerate(traced.space.groups) if g.kind != "block"]
-    if not everything or _check(probe, inputs, traced, everything, seed) is None:
+    if not everything:
         return Outcome(traced, {})
-    failures = _apart(probe, inputs, traced, everything, seed)
-    traced, mended = _mended(probe, inputs, recording, traced, list(failures), seed)
-    failures = {g: why for g, why in failures.items() if g not in mended}
-    if not failures:
-        why = _check(probe, inputs, traced, everything, seed)
-        if why is None:
-            return Outcome(traced, {})
-        failures = dict.fromkeys(everything, why)
-    return Outcome(None, failures)
+    rng = np.random.default_rng(seed)
+    sizes = [group.size for group in traced.space.groups]
+    for widths in (None, *({g: int(rng.integers(1, sizes[g] + 1)) for g in everything} for _ in range(DRAWS))):
+        if _check(probe, inputs, traced, everything, seed, widths) is None:
+            continue
+        failures = _apart(probe, inputs, traced, everything, seed, widths)
+        if widths:  # what only passes in proportion to another
+            whole = traced
+            failures |= _alone(everything, lambda g: _check(probe, inputs, whole, [g], seed))  # noqa: B023
+        traced, mended = _mended(probe, inputs, recording, traced, list(failures), seed)
+        failures = {g: why for g, why in failures.items() if g not in mended}
+        why = None if failures else _check(probe, inputs, traced, everything, seed, widths)
+        if failures or why is not None:
+            return Outcome(None, failures or dict.fromkeys(everything, why or ""))
+    if why := _untrainable(probe, inputs, traced, everything):
+        alone = _alone(everything, lambda g: _untrainable(probe, inputs, traced, [g]))
+        return Outcome(None, alone or dict.fromkeys(everything, why), frozenset(everything))
+    if hidden := _hidden(probe, inputs, traced, everything, seed):
+        return Outcome(None, dict.fromkeys(hidden, "the output does not show it"), frozenset(hidden))
+    return Outcome(traced, {})
+
+
+def _alone(groups: Sequence[int], judged: Callable[[int], str | None]) -> dict[int, str]:
+    """What is wrong with each group alone."""
+    return {g: why for g in groups if (why := judged(g)) is not None}
 
 
 def _apart(
-    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, groups: Sequence[int], seed: int
+    probe: nn.Module,
+    inputs: tuple[Tensor, ...],
+    traced: TracedModel,
+    groups: Sequence[int],
+    seed: int,
+    widths: Mapping[int, int] | None,
 ) -> dict[int, str]:
     """The groups that fail alone, and why, found by halving those that fail together."""
-    why = _check(probe, inputs, traced, groups, seed)
+    why = _check(probe, inputs, traced, groups, seed, widths)
     if why is None:
         return {}
     if len(groups) == 1:
         return {groups[0]: why}
     middle = len(groups) // 2
-    return _apart(probe, inputs, traced, groups[:middle], seed) | _apart(probe, inputs, traced, groups[middle:], seed)
+    left, right = groups[:middle], groups[middle:]
+    return {g: why for part in (left, right) for g, why in _apart(probe, inputs, traced, part, seed, widths).items()}
+
+
+def _untrainable(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, groups: Sequence[int]
+) -> str | None:
+    """What goes wrong in training mode once half of these groups is cut; None where the whole model fails there too."""
+    kept = [np.arange(g.size) for g in traced.space.groups]
+    for g in groups:
+        kept[g] = kept[g][: max(1, len(kept[g]) // 2)]
+    with torch.no_grad():
+        try:
+            copy.deepcopy(probe).train()(*arguments(inputs))
+        except Exception:  # noqa: BLE001, the model is foreign code
+            return None
+        try:
+            traced.cut(probe, kept).train()(*arguments(inputs))
+        except Exception as error:  # noqa: BLE001
+            return f"the cut model does not run in training: {_first_line(error)}"
+    return None
+
+
+def _hidden(
+    probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, groups: Sequence[int], seed: int
+) -> list[int]:
+    """The groups that the output does not depend on, as of an empty, whole or thresholded one: nothing is proven of
+    them. Told by gradients of the output, and where one group has none by masking it."""
+    parameters = dict(probe.named_parameters())
+    frozen = [p for p in parameters.values() if not p.requires_grad and p.is_floating_point()]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_()
+        with torch.enable_grad():
+            torch.manual_seed(seed)
+            leaves = [x for x in tree_leaves(probe(*arguments(inputs))) if isinstance(x, Tensor) and x.requires_grad]
+            if not leaves:
+                gradients: dict[str, Tensor | None] = {}
+            else:
+                total = sum(
+                    (x.nan_to_num(0, 0, 0) * torch.randn(x.shape, generator=generator).to(x)).sum() for x in leaves
+                )
+                found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)  # type: ignore[arg-type]
+                gradients = dict(zip(parameters, found, strict=True))
+    except Exception:  # noqa: BLE001, the model is foreign code
+        return []  # it cannot be told so
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+    def shown(group: int) -> bool:
+        return any(
+            (gradient := gradients.get(piece.tensor)) is not None
+            and bool((gradient.index_select(piece.dim, torch.from_numpy(piece.positions.ravel())) != 0).any())
+            for piece in traced.slices[group]
+        )
+
+    dark = [g for g in groups if not shown(g)]
+    if len(dark) == len(groups):
+        return dark
+    return [g for g in dark if not _changes(probe, inputs, traced, g, seed)]
+
+
+def _changes(probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, group: int, seed: int) -> bool:
+    """Whether masking all but one unit of a group changes the output."""
+    kept = [np.arange(g.size) for g in traced.space.groups]
+    kept[group] = kept[group][:1]
+    runs = []
+    for masks in (nullcontext(), _masked(probe, traced, kept)):
+        torch.manual_seed(seed)
+        with torch.no_grad(), masks:
+            runs.append(tree_leaves(probe(*arguments(inputs))))
+    return _difference(*runs) is not None
 
 
 def _mended(
@@ -121,20 +220,41 @@ def _check(
         examples = tuple(torch.cat([x, x[: batch - len(x)]]) for x in inputs)
         try:
             with torch.no_grad():
+                torch.manual_seed(seed)
                 smaller = tree_leaves(traced.cut(probe, kept, sharing=True)(*arguments(examples)))
+                torch.manual_seed(seed)
                 with _masked(probe, traced, kept):
                     larger = tree_leaves(probe(*arguments(examples)))
         except Exception as error:  # noqa: BLE001, the model is foreign code
             return f"the cut model does not run: {_first_line(error)}"
-        for a, b in zip(smaller, larger, strict=True):
-            if isinstance(a, Tensor) and isinstance(b, Tensor):
-                if a.shape != b.shape:
-                    return f"cutting changes the output's shape from {list(b.shape)} to {list(a.shape)}"
-                scale = max(float(b.abs().max()), 1e-12) if b.numel() else 1.0
-                difference = float((a - b).abs().max()) / scale if b.numel() else 0.0
-                if not difference <= TOLERANCE.get(b.dtype, 1e-5):
-                    return f"{DIFFERS} by {difference:.1e} of the largest output"
+        if why := _difference(smaller, larger):
+            return why
     return None
+
+
+def _difference(ours: Sequence[object], theirs: Sequence[object]) -> str | None:
+    """How two models' outputs differ, as lists of leaves; None if they do not."""
+    if len(ours) != len(theirs):
+        return f"cutting changes how much is returned from {len(theirs)} to {len(ours)}"
+    for a, b in zip(ours, theirs, strict=True):
+        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+            continue
+        if a.shape != b.shape:
+            return f"cutting changes the output's shape from {list(b.shape)} to {list(a.shape)}"
+        if not b.is_floating_point():
+            if not torch.equal(a, b):
+                return f"{DIFFERS} in what is returned as {b.dtype}"
+            continue
+        apart = (a - b).abs()[~((a == b) & ~b.isfinite())]  # of two infinities alike nothing is left
+        difference = float(apart.max()) / max(_largest(b), 1e-12) if apart.numel() else 0.0
+        if not difference <= TOLERANCE.get(b.dtype, 1e-5):
+            return f"{DIFFERS} by {difference:.1e} of the largest output"
+    return None
+
+
+def _largest(x: Tensor) -> float:
+    finite = x[x.isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0
 
 
 @contextmanager
@@ -251,7 +371,8 @@ def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
 
         return hook
 
-    inner = ((name, m) for name, m in model.named_modules() if name and any(True for _ in m.children()))
+    modules = ((name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule))
+    inner = ((name, m) for name, m in modules if any(True for _ in m.children()))
     names = all_names(model)
     holding = {name: m for name, m in inner if _owns(name, [names[id(p)] for p in m.parameters()])}
     hooks = [m.register_forward_hook(watching(name), with_kwargs=True) for name, m in holding.items()]
@@ -269,7 +390,9 @@ def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
                     model(*arguments(inputs))
                     ((given, output),) = seen[name]
                     if isinstance(given, Tensor) and isinstance(output, Tensor) and torch.equal(given, output):
-                        found.append(name)
+                        large = FAR * given  # a block that ends in a bound hands on what lies within it
+                        if torch.equal(holding[name](large.clone()), large):
+                            found.append(name)
                 except Exception:  # noqa: BLE001, foreign code on weights that are all zero
                     continue
                 finally:
@@ -291,10 +414,12 @@ def _of_one_shape(given: object, output: object) -> bool:
 
 
 def randomise(model: nn.Module, rng: np.random.Generator) -> None:
-    """Random weights and statistics of sane size, so that no difference hides behind a zero."""
+    """Random weights and statistics of sane size, so that no difference hides behind a zero. Other buffers, which may
+    be masks or tables, stay."""
     with torch.no_grad():
         for name, tensor in tensors_of(model):
-            if not tensor.is_floating_point() or tensor.numel() == 0:
+            ours = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
+            if not ours or not tensor.is_floating_point() or tensor.numel() == 0:
                 continue
             if tensor.dim() > 1:
                 fan_in = tensor.numel() / tensor.shape[0]

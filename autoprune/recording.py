@@ -133,7 +133,10 @@ class Recording:
     def tie(self, source: str, index: Tensor, label: Tensor, operation: str) -> None:
         """A parameter meets labels elementwise: its dimension along which the labels differ belongs to them."""
         shape = self.shapes[source]
-        here = [d for d in range(index.dim()) if index.stride(d) or varies(label, d)]
+        across = [d for d in range(index.dim()) if varies(label, d)]
+        if not any(index.stride(d) and index.shape[d] > 1 for d in across):
+            return  # the same for every unit
+        here = [d for d in range(index.dim()) if index.stride(d) or d in across]
         index, label = shrunk(index, here), shrunk(label, here)
         coordinates = np.unravel_index(index.numpy().ravel(), shape)
         labels = label.numpy().ravel()

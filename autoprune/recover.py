@@ -189,9 +189,15 @@ def _distance(output: Any, lesson: Any, temperature: float) -> Tensor:
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
     if isinstance(output, Tensor):
         return F.mse_loss(output, lesson)
-    parts = output.values() if isinstance(output, dict) else output
-    lessons = lesson.values() if isinstance(lesson, dict) else lesson
-    return torch.stack([_distance(a, b, temperature) for a, b in zip(parts, lessons, strict=True)]).mean()
+    pairs = list(zip(tree_leaves(output), tree_leaves(lesson), strict=False))
+    alike = [(a, b) for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape]
+    taught = [_distance(a, b, temperature) for a, b in alike if a.is_floating_point()]
+    if not taught:
+        raise InputError(
+            "the model returns something else in training than in evaluation, which the dense network cannot teach: "
+            "set evaluator.short.teach=0 and finetune.teach=0"
+        )
+    return torch.stack(taught).mean()
 
 
 def _length(train: Iterable[Any]) -> int:

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -105,13 +106,15 @@ def explored(
             exact, exact_inputs = in_double(probe, inputs)  # it may be rounding alone
             traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
         choices = {g.name: g.levels if g.kind == "block" else _levels(g.size, space) for g in traced.space.groups}
-        choices = deepest(exact, exact_inputs, traced, choices, seed)
-        needed = [g.name for g in traced.space.groups if g.kind == "block" and len(choices[g.name]) == 1]
-        if needed:
-            widths["blocks"] = [block for block in widths["blocks"] if block not in needed]
-            traced = _proven(probe, inputs, exact, exact_inputs, seed, widths)
-            refused = (Refusal(block, "leaving this block out differs from silencing it") for block in needed)
-            traced = replace(traced, space=replace(traced.space, refused=(*traced.space.refused, *refused)))
+        before, choices = choices, deepest(exact, exact_inputs, traced, choices, seed)
+        failed = {name for name, levels in choices.items() if len(levels) == 1 < len(before[name])}
+        if failed:
+            blocks = failed & set(widths["blocks"])
+            widths["blocks"] = [block for block in widths["blocks"] if block not in failed]
+            refused = dict.fromkeys(failed - blocks, "none of its levels could be proven")
+            traced = _proven(probe, inputs, exact, exact_inputs, seed, widths, refused)
+            out = (Refusal(block, "leaving this block out differs from silencing it") for block in sorted(blocks))
+            traced = replace(traced, space=replace(traced.space, refused=(*traced.space.refused, *out)))
     return replace(traced, space=traced.space.with_levels(choices))
 
 
@@ -159,11 +162,12 @@ def _proven(
     exact_inputs: tuple[Tensor, ...],
     seed: int,
     widths: Mapping[str, Any],
+    known: Mapping[str, str] = MappingProxyType({}),
 ) -> TracedModel:
     """Trace, prove all groups together, and where that fails find the group and read its sites another way. widths:
-    keywords of `gather`."""
+    keywords of `gather`; known: groups that are refused, and why."""
     readings: dict[Place, int] = {}
-    refused: dict[str, str] = {}
+    refused = dict(known)
     for attempt in range(MAX_ATTEMPTS):
         recording = record(probe, arguments(inputs), readings)
         for _ in range(MAX_ATTEMPTS):
@@ -175,7 +179,11 @@ def _proven(
         if outcome.proven is not None:
             return outcome.proven
         for group, why in outcome.groups.items():
-            if not _next_reading(recording, traced, group, readings) or attempt >= MAX_ATTEMPTS - 2:
+            if (
+                group in outcome.hopeless
+                or not _next_reading(recording, traced, group, readings)
+                or attempt >= MAX_ATTEMPTS - 2
+            ):
                 refused[traced.space.groups[group].name] = why
     unproven = {g.name: "it could not be proven" for g in traced.space.groups}
     return gather(probe, recording, len(inputs[0]), unproven, **widths)

@@ -38,6 +38,8 @@ NAMED: Mapping[str, Rule] = {
     "mm": contractions.mm,
     "native_channel_shuffle": rules.channel_shuffle,
     "native_group_norm": rules.native_group_norm,
+    "index_select": rules.index_select,
+    "gather": rules.gather,
     "pixel_shuffle": rules.pixel_shuffle,
     "roll": rules.roll,
     "select": rules.select,
@@ -76,6 +78,7 @@ FAMILIES: tuple[tuple[frozenset[str], Rule], ...] = (
     ),
 )
 SPATIAL = ("max_pool", "avg_pool", "adaptive_", "_adaptive_", "upsample_", "reflection_pad", "replication_pad")
+COPIES = frozenset("_to_copy contiguous lift_fresh clone".split())
 TURNS = frozenset("t transpose permute detach alias".split())
 OF_PARAMETERS = RESHAPE | LAYOUT | {"select", "slice", "split", "split_with_sizes", "index", "index_select"}
 
@@ -87,11 +90,12 @@ def record(model: nn.Module, inputs: tuple[Tensor, ...], readings: Mapping[Place
     """
     recording = Recording(model, len(inputs[0]), readings)
     tracer = _Tracer(recording)
-    handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in model.named_modules()]
+    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+    handles = [m.register_forward_pre_hook(_entered(recording, name)) for name, m in modules]
     recurrent = [m for m in model.modules() if is_recurrent(m)]
     handles += [m.register_forward_pre_hook(_within(recording)) for m in recurrent]
     handles += [m.register_forward_hook(_followed(recording), with_kwargs=True) for m in recurrent]
-    handles += [m.register_forward_hook(_left(recording, tracer), always_call=True) for m in model.modules()]
+    handles += [m.register_forward_hook(_left(recording, tracer), always_call=True) for _, m in modules]
     fast_attention = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused layer would hide the linear layers inside
     try:
@@ -175,7 +179,11 @@ class _Tracer(TorchDispatchMode):
         """A view of a parameter is still that parameter; anything else is a tensor computed from parameters."""
         rec = self.recording
         if name in OF_PARAMETERS and given.get("self") in rec.sources:
-            rest = {k: v for k, v in given.items() if k != "self"}
+            if name in COPIES:
+                rec.sources[out] = rec.sources[given["self"]]
+                return
+            kinds = ("self", "dtype", "device", "layout", "memory_format", "non_blocking")
+            rest = {k: v for k, v in given.items() if k not in kinds}
             if name in TURNS and (order := rec.order(given["self"])) is not None:
                 told_apart = torch.empty([2 + d for d in range(len(order))], device="meta")
                 rec.sources[out] = (
@@ -188,6 +196,7 @@ class _Tracer(TorchDispatchMode):
                 rec.sources[tensor] = (source, part)
         else:
             for tensor in tensors(out):
+                rec.sources.pop(tensor, None)  # of an operation in place
                 rec.computed[tensor] = True
 
     def _store(self, out: Any, labels: Any, in_place: bool) -> None:
