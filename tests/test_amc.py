@@ -69,7 +69,9 @@ def real_space(name: str) -> tuple[PruningSpace, CostModel]:
     return traced.space, CountedCost("macs", "MACs", traced.space, (traced.macs,))
 
 
-@pytest.mark.parametrize("name", ["vgg", "resnet", "mobilenetv2", "densenet", "40 groups"])
+@pytest.mark.parametrize(
+    "name", ["vgg", "resnet", "mobilenetv2", "densenet", pytest.param("40 groups", marks=pytest.mark.slow)]
+)
 def test_a_thousand_random_episodes_end_inside_the_budget(name: str) -> None:
     """Plain, residual, depthwise, concat, and many groups; with the paper's bound and with ours."""
     space, macs = real_space(name)

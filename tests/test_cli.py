@@ -91,7 +91,7 @@ def needs(depth): return depth
         ("search study.storage=5", "study.storage must be text"),
         ("search evaluator.cache=5", "evaluator.cache must be text"),
         ("search finetune.momentum=-1", "0 <= momentum < 1 must hold, got momentum=-1"),
-        ("search strategy=uniform strategy.attempts=0", "attempts must be >= 1"),
+        ("search strategy=uniform strategy.attempts=0", "attempts >= 1 must hold"),
         (
             "search strategy.recovery=shrot task._target_=tiny.make_task budget=flops_50pct",
             "recovery must be one of short, probe, none",
@@ -105,8 +105,8 @@ def needs(depth): return depth
         ("search evaluator.images=many", "evaluator.images must be a whole number, got 'many'"),
         ("search evaluator.images=1", "evaluator: images >= 2 must hold, got images=1"),
         ("search finetune.epochs=-1", "epochs >= 0 must hold, got epochs=-1"),
-        ("search space.levels=1", "levels must be >= 2"),
-        ("search strategy.sweep_levels=0", "sweep_levels and attempts must be >= 1"),
+        ("search space.levels=1", "levels >= 2 must hold"),
+        ("search strategy.sweep_levels=0", "sweep_levels >= 1 must hold"),
         ("search task.data=nowhere", "nowhere/train-images-idx3-ubyte.gz cannot be read: No such file"),
         ("search task.data=damaged", "train-images-idx3-ubyte.gz cannot be read"),
         ("search task.checkpoint=nowhere.safetensors task.data=shipped", "task.checkpoint=nowhere.safetensors cannot"),
@@ -370,4 +370,4 @@ def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: p
     assert re.search(r"in layers that some group cuts: [\d.]+ % of MACs, [\d.]+ % of parameters", out)
     status, _, err = run(capsys, "doctor", "space.levels=1")
     assert status == 2
-    assert "autoprune: space: levels must be >= 2" in err
+    assert "autoprune: space: levels >= 2 must hold" in err

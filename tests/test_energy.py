@@ -106,6 +106,7 @@ def small_and_large() -> tuple[nn.Module, nn.Module, tuple[torch.Tensor, ...]]:
 
 
 @with_zeus
+@pytest.mark.slow
 @pytest.mark.usefixtures("counter")
 def test_a_counter_is_read_and_idle_power_is_in_it() -> None:
     assert counter_of(DEVICE).name == "2 CPU packages, with DRAM"

@@ -129,6 +129,7 @@ def test_another_table_is_another_search(folder: Path, tmp_path: Path) -> None:
         measured_search(tmp_path, storage=storage, study_name="mine")
 
 
+@pytest.mark.slow
 def test_a_dense_network_that_keeps_the_budget_is_left_alone(folder: Path, tmp_path: Path) -> None:
     said = Spoken()
     result = measured_search(folder, budget="latency_10s", progress=said)

@@ -62,6 +62,7 @@ def test_a_table_from_real_measurements(table: CostTable, traced: TracedModel) -
     assert cost.predict(deepest) < cost.predict(traced.space.dense())
 
 
+@pytest.mark.slow
 def test_a_model_left_in_training_mode_is_not_touched() -> None:
     """Its statistics would move with every pass in its own mode."""
     model = copy.deepcopy(MODEL).train()
@@ -148,6 +149,7 @@ class Narrow(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_networks_that_fail_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model = Narrow()
     space = trace(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)), INPUTS)

@@ -41,6 +41,7 @@ def test_smaller_activations_take_less(runtime: str) -> None:
     assert runtime in small.device
 
 
+@pytest.mark.slow
 def test_what_this_process_holds_is_not_the_workers() -> None:
     """getrusage would say so on Linux: a process begins with the peak of the one that starts it."""
     meter = Resident(Device(**QUICKLY))

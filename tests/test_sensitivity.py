@@ -207,7 +207,7 @@ def test_a_group_that_cannot_be_cut_is_left_whole_by_every_finalist() -> None:
 
 
 def test_exchanges_go_on_where_the_recovered_loss_falls() -> None:
-    """Over ten worlds whose recovery the sweep cannot foresee: never worse than without, and better in most."""
+    """Over five worlds whose recovery the sweep cannot foresee: never worse than without, and better in most."""
 
     def loss(seed: int, exchanges: int) -> float:
         world = World(seed)
@@ -218,9 +218,9 @@ def test_exchanges_go_on_where_the_recovered_loss_falls() -> None:
         assert all(t.predicted or t.costs["macs"].value <= world.budgets[0].limit for t in swaps)
         return answer(trials).loss
 
-    pairs = [(loss(seed, 0), loss(seed, 3)) for seed in range(10)]
+    pairs = [(loss(seed, 0), loss(seed, 2)) for seed in range(5)]
     assert all(after <= before + 1e-9 for before, after in pairs), pairs
-    assert sum(after < before - 1e-6 for before, after in pairs) >= 5, pairs
+    assert sum(after < before - 1e-6 for before, after in pairs) >= 3, pairs
 
 
 def test_an_unreachable_budget_costs_no_sweep() -> None:
