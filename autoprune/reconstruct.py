@@ -16,8 +16,9 @@ Letters: N samples, I inputs of a layer (channels x kernel positions), O outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from autoprune.units import Labels
 
 POSITIONS = 16  # of an image, at which a convolution's input is sampled
 RIDGE = 1e-4  # of G's mean diagonal
+STOCK = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
 MOST = 5000  # inputs of a layer; G of more takes gigabytes
 
 
@@ -47,13 +49,16 @@ class Reconstruction:
         readers = {piece.tensor for pieces in traced.slices for piece in pieces if piece.role == "in"}
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in readers and _refits(model, n)}
         self._grams = {name: _empty(weight) for name, weight in self._weights.items()}
+        others: set[str] = set()  # whose layers make something else of their weights
         generator = torch.Generator().manual_seed(seed)
         device = next((weight.device for weight in self._weights.values()), None)
         with torch.no_grad(), evaluating(model), ExitStack() as hooks:
             for name, gram in self._grams.items():
-                hooks.enter_context(_summing(model.get_submodule(name.rpartition(".")[0]), gram, generator))
+                layer, left_out = model.get_submodule(name.rpartition(".")[0]), partial(others.add, name)
+                hooks.enter_context(_summing(layer, gram, generator, left_out))
             for inputs, _ in batches:
                 model(*arguments(inputs, device))
+        self._weights = {name: weight for name, weight in self._weights.items() if name not in others}
 
     @torch.no_grad()
     def apply(self, smaller: nn.Module, kept: Sequence[Labels]) -> None:
@@ -100,14 +105,21 @@ def windows(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 
 @contextmanager
-def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iterator[None]:
-    """While this is open, what the layer reads is sampled and added to its Gram matrix."""
+def _summing(
+    layer: nn.Module, gram: Tensor, generator: torch.Generator, left_out: Callable[[], None]
+) -> Iterator[None]:
+    """While this is open, what the layer reads is sampled and added to its Gram matrix; it is `left_out` where a
+    forward of its own gives something else than its weight times that."""
+    stock = type(layer).forward in STOCK
 
-    def hook(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> None:
+    def hook(module: nn.Module, given: tuple[Tensor, ...], named: Mapping[str, Tensor], output: Tensor) -> None:
         inputs = given[0] if given else named["input"]
         dims = module.get_parameter("weight").dim()
         batched = inputs.dim() == dims or (isinstance(module, nn.Linear) and inputs.dim() > dims)
         if not batched or inputs.numel() == 0:
+            return
+        if not stock and not _plain(module, inputs, output):
+            left_out()
             return
         seen = windows(module, inputs)
         places = torch.randperm(seen.shape[1] * seen.shape[2], generator=generator)[:POSITIONS].to(seen.device)
@@ -115,7 +127,7 @@ def _summing(layer: nn.Module, gram: Tensor, generator: torch.Generator) -> Iter
         samples = samples.to(gram.dtype)  # before the product, which autocast would make one of halves
         gram.add_(samples.T @ samples)
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = layer.register_forward_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
@@ -129,12 +141,22 @@ def _refits(model: nn.Module, weight: str) -> bool:
         return False
     if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         return False
-    if type(layer).forward not in (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward):
-        return False  # what a subclass makes of its weight is not known
+    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+        return False
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         stock = type(layer)._conv_forward in (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward)
         return stock and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
     return True
+
+
+def _plain(layer: nn.Module, inputs: Tensor, output: Tensor) -> bool:
+    """Whether a layer gave its weight times what it read, and its bias."""
+    if isinstance(layer, nn.Linear):
+        product = F.linear(inputs, layer.weight, layer.bias)
+    else:
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
+        product = layer._conv_forward(inputs, layer.weight, layer.bias)
+    return product.shape == output.shape and torch.allclose(product, output, rtol=1e-4, atol=1e-5)
 
 
 def _empty(weight: Tensor) -> Tensor:

@@ -257,6 +257,30 @@ def test_a_layer_that_is_computed_otherwise_is_left_as_it_is_cut(second: nn.Modu
     assert not torch.equal(refitted.get_parameter("4.weight"), plain.get_parameter("4.weight"))
 
 
+class OwnForward(nn.Conv2d):
+    """As networks brought over from TensorFlow have it: padded by hand, then what its weight says."""
+
+    by = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pad(x, (0, self.by, 0, self.by))
+        return nn.functional.conv2d(x, self.weight, self.bias, self.stride)
+
+
+@pytest.mark.parametrize("by", [0, 2])
+def test_a_forward_of_its_own_is_refitted_where_it_gives_the_same(by: int) -> None:
+    second = OwnForward(8, 8, 1 + by)
+    second.by = by
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), second, nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    given = batches(8, 3, 8, 8)
+    traced = trace(model, (given[0][0][:2],))
+    kept = [np.arange(g.size // 2) for g in traced.space.groups]
+    plain, refitted = traced.cut(model, kept), traced.cut(model, kept)
+    Reconstruction(model, traced, given).apply(refitted, kept)
+    changed = not torch.equal(refitted.get_parameter("2.weight"), plain.get_parameter("2.weight"))
+    assert changed == (by == 0)
+
+
 def test_a_layer_of_too_many_inputs_and_a_tied_one_are_not_refitted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not reconstruct._refits(Tied(), "2.weight")
     assert reconstruct._refits(nn.Sequential(nn.Linear(8, 8)), "0.weight")
