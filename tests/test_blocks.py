@@ -233,11 +233,10 @@ def test_heads_can_be_pruned_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["uniform", "sensitivity", "netadapt", "random", "amc", "optuna"])
+@pytest.mark.parametrize("strategy", ["sensitivity", "netadapt", "amc", "optuna"])
 def test_every_strategy_searches_blocks_and_widths_together(strategy: str, tmp_path: Path) -> None:
     task = tiny.make_task()
     settings = {
-        "random": {"episodes": 6},
         "amc": {"episodes": 12, "warm_up": 8},
         "optuna": {"evaluations": 8},
         "netadapt": {"screen": 2},
