@@ -301,7 +301,7 @@ class Evaluator:
             parent = candidate.parent
             content = {
                 **{key: value for key, value in self.identity.items() if key != "task"},
-                "kept": [units.tolist() for units in self._units(candidate.ratios)],
+                "kept": [hashlib.sha256(units.tobytes()).hexdigest() for units in self._units(candidate.ratios)],
                 "recovery": candidate.recovery,
                 "parent": None if parent is None else self._digest(self._candidate(parent)),
             }

@@ -53,11 +53,9 @@ def gather(
         name = base if named[base] == 1 else f"{base}#{named[base]}"  # a layer whose units fall into several groups
         kind: Kinds = "head" if np.isin(roots, heads).any() else "channel"
         why = refused.get(name) or _why_whole(recording, roots.tolist())
-        if why is None and not {kind, "channel"} & set(grain):
-            why = f"space={'+'.join(grain)} leaves it whole"
-        if why is None and not made_by:
-            why = "no layer of the model makes these units"
-        if why is not None:
+        if not {kind, "channel"} & set(grain):
+            why = why or f"space={'+'.join(grain)} leaves it whole"
+        if why := why or (None if made_by else "no layer of the model makes these units"):
             refusals.append(Refusal(name, why))
             continue
         ordered = roots[np.argsort(own[0].positions(roots)[:, 0], kind="stable")]
@@ -69,20 +67,7 @@ def gather(
     groups += [Group(name=name, size=1, levels=(0.0, 1.0), members=(name,), kind="block") for name in blocks]
     slices += [()] * len(blocks)
     space = PruningSpace(tuple(groups), tuple(dict.fromkeys(refusals)))
-    traced = TracedModel(
-        space=space,
-        slices=tuple(slices),
-        attributes=(),
-        depthwise=frozenset(recording.depthwise),
-        macs=(),
-        params=(),
-        weights=(),
-        activations=(),
-        traffic=(),
-        fingerprint=fingerprint(model),
-        grain=tuple(grain),
-    )
-    return _with_costs(model, recording, examples, traced, group_of)
+    return replace(_priced(model, recording, examples, space, slices, group_of), grain=tuple(grain))
 
 
 @dataclass(frozen=True)
@@ -156,20 +141,25 @@ def _why_whole(recording: Recording, roots: Sequence[int]) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- costs
 
 
-def _with_costs(
-    model: nn.Module, recording: Recording, examples: int, traced: TracedModel, group_of: Labels
+def _priced(
+    model: nn.Module,
+    recording: Recording,
+    examples: int,
+    space: PruningSpace,
+    slices: Sequence[tuple[Slice, ...]],
+    group_of: Labels,
 ) -> TracedModel:
-    """Fill in the layers of each group and the terms that give MACs, parameters and bytes by width."""
+    """The traced model: with the layers of each group, and the terms that give MACs, parameters and bytes by width."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(model)}
-    shares = widths(traced.slices, shapes)
+    shares = widths(slices, shapes)
 
     def elements(tensor: str, scale: float, module: str) -> Term:
         cut_dims = sorted(shares.get(tensor, {}))[:2]
         rest = math.prod(n for d, n in enumerate(shapes[tensor]) if d not in cut_dims)
         left, right = ([shares[tensor][d] for d in cut_dims] + [ONE, ONE])[:2]
-        return Term(scale * rest, left, right, traced.space.block_of(module))
+        return Term(scale * rest, left, right, space.block_of(module))
 
-    sizes = np.array([g.size for g in traced.space.groups])
+    sizes = np.array([g.size for g in space.groups])
 
     def by_group(labels: Labels, counts: Labels) -> tuple[float, dict[int, float]]:
         owners = group_of[recording.units.roots(labels)] + 1
@@ -179,27 +169,28 @@ def _with_costs(
 
     macs = [elements(c.weight, c.positions, c.module) for c in recording.contractions]
     for labels, counts, each, module in recording.elementwise:
-        gate = traced.space.block_of(module)
+        gate = space.block_of(module)
         macs.append(Term(each / examples, by_group(labels, counts), ONE, gate))
     params = [elements(name, 1.0, name) for name, _ in model.named_parameters()]
     weights = [elements(name, tensor.element_size(), name) for name, tensor in tensors_of(model)]
-    places = [traced.space.block_of(module) for module in recording.places]
-    gates = (None, *(i for i, g in enumerate(traced.space.groups) if g.kind == "block"))
+    places = [space.block_of(module) for module in recording.places]
+    gates = (None, *(i for i, g in enumerate(space.groups) if g.kind == "block"))
     made = [
-        _rows(*by_group(labels, counts), len(traced.space.groups), gates.index(place), len(gates)) * (size / examples)
+        _rows(*by_group(labels, counts), len(space.groups), gates.index(place), len(gates)) * (size / examples)
         for (labels, counts, size), place in zip(recording.storages, places, strict=True)
     ]
-    groups = [
-        replace(g, layers=_layers(shapes, recording, traced.slices[i], g)) for i, g in enumerate(traced.space.groups)
-    ]
-    return replace(
-        traced,
-        space=replace(traced.space, groups=tuple(groups)),
+    groups = [replace(g, layers=_layers(shapes, recording, slices[i], g)) for i, g in enumerate(space.groups)]
+    return TracedModel(
+        space=replace(space, groups=tuple(groups)),
+        slices=tuple(slices),
+        attributes=(),
+        depthwise=frozenset(recording.depthwise),
         macs=tuple(macs),
         params=tuple(params),
         weights=tuple(weights),
         activations=tuple(_linear(rows, gates) for rows in _peaks(recording.lifetimes, made)),
         traffic=_linear(sum(made, np.zeros((len(gates), len(groups) + 1))), gates),
+        fingerprint=fingerprint(model),
     )
 
 

@@ -22,6 +22,8 @@ from autoprune.recording import Recording, tensors
 from autoprune.traced import GATES
 from autoprune.units import Labels
 
+KINDS = ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh")
+
 
 def is_recurrent(module: nn.Module) -> bool:
     """Whether it is one of torch's own, whose forward is known."""
@@ -44,9 +46,13 @@ def follow(rec: Recording, module: nn.RNNBase, args: tuple[Any, ...], named: Map
     steps = sequence.numel() / sequence.shape[-1] / rec.examples
     reads = rec.channel_units(rec.label(sequence), -1 % sequence.dim(), operation)
     suffixes = ["", "_reverse"] if module.bidirectional else [""]
+    stacked = np.tile(hidden, GATES[module.mode])
     for layer in range(module.num_layers):
-        for suffix in suffixes:
-            _cell(rec, names, f"_l{layer}{suffix}", reads, hidden, outputs, GATES[module.mode], steps, operation)
+        for direction in suffixes:
+            suffix = f"_l{layer}{direction}"
+            sources = {kind: names[kind + suffix] for kind in KINDS if kind + suffix in names}
+            ends = {"weight_ih": (stacked, reads), "weight_hh": (stacked, outputs), "weight_hr": (outputs, hidden)}
+            _cell(rec, sources, ends, steps=steps, operation=operation)
         reads = np.tile(outputs, len(suffixes))
     states = tensors(given.get("hx"))
     returned, last = out
@@ -67,27 +73,21 @@ def _known(rec: Recording, source: str, count: int) -> Labels:
 
 def _cell(
     rec: Recording,
-    names: Mapping[str, str],
-    suffix: str,
-    reads: Labels,
-    hidden: Labels,
-    outputs: Labels,
-    gates: int,
+    sources: Mapping[str, str],
+    ends: Mapping[str, tuple[Labels, Labels]],
+    *,
     steps: float,
     operation: str,
 ) -> None:
-    """One direction of one layer: what it reads, its hidden units and what it gives."""
-    stacked = np.tile(hidden, gates)
-    owned = {"weight_ih": (stacked, reads), "weight_hh": (stacked, outputs), "weight_hr": (outputs, hidden)}
-    for kind, ends in owned.items():
-        if (source := names.get(kind + suffix)) is not None:
-            rec.made.add((source, 0))
-            rec.used(source, steps)
-            for dim, units in enumerate(ends):
-                rec.own(source, dim, units, operation)
-    for kind in ("bias_ih", "bias_hh"):
-        if (source := names.get(kind + suffix)) is not None:
-            rec.own(source, 0, stacked, operation)
+    """One direction of one layer: its parameters by kind, and the units at both dimensions of each weight."""
+    for kind, source in sources.items():
+        if kind not in ends:  # a bias, of what the weight of its name makes
+            rec.own(source, 0, ends[kind.replace("bias", "weight")][0], operation)
+            continue
+        rec.made.add((source, 0))
+        rec.used(source, steps)
+        for dim, units in enumerate(ends[kind]):
+            rec.own(source, dim, units, operation)
 
 
 def _along(units: Labels, tensor: Tensor) -> Tensor:

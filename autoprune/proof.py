@@ -7,9 +7,8 @@ when that fails each is tried alone, and sizes that the model keeps in integer a
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,16 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from autoprune.borrowing import arguments
+from autoprune.borrowing import arguments, seeded
 from autoprune.grouping import labels_of
 from autoprune.recording import Recording
-from autoprune.traced import SizeAttribute, TracedModel, all_names, tensors_of
+from autoprune.traced import SizeAttribute, TracedModel, tensors_of
 from autoprune.units import Labels
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}  # of the largest output
 DIFFERS = "cutting differs from masking"
 DRAWS = 2  # of random widths of all groups together
-FAR = 1000.0
 SUBSETS = 4  # of the blocks that are left out together to prove them
 
 
@@ -124,8 +122,7 @@ def _hidden(
     try:
         for parameter in frozen:
             parameter.requires_grad_()
-        with torch.enable_grad():
-            torch.manual_seed(seed)
+        with torch.enable_grad(), seeded(seed):
             leaves = [x for x in tree_leaves(probe(*arguments(inputs))) if isinstance(x, Tensor) and x.requires_grad]
             if not leaves:
                 gradients: dict[str, Tensor | None] = {}
@@ -158,12 +155,9 @@ def _changes(probe: nn.Module, inputs: tuple[Tensor, ...], traced: TracedModel, 
     """Whether masking all but one unit of a group changes the output."""
     kept = [np.arange(g.size) for g in traced.space.groups]
     kept[group] = kept[group][:1]
-    runs = []
-    for masks in (nullcontext(), _masked(probe, traced, kept)):
-        torch.manual_seed(seed)
-        with torch.no_grad(), masks:
-            runs.append(tree_leaves(probe(*arguments(inputs))))
-    return _difference(*runs) is not None
+    whole = _run(probe, inputs, seed)
+    with _masked(probe, traced, kept):
+        return _difference(whole, _run(probe, inputs, seed)) is not None
 
 
 def _mended(
@@ -219,17 +213,20 @@ def _check(
             kept[g] = np.sort(rng.choice(size, widths[g] if widths else max(1, size // 2), replace=False))
         examples = tuple(torch.cat([x, x[: batch - len(x)]]) for x in inputs)
         try:
-            with torch.no_grad():
-                torch.manual_seed(seed)
-                smaller = tree_leaves(traced.cut(probe, kept, sharing=True)(*arguments(examples)))
-                torch.manual_seed(seed)
-                with _masked(probe, traced, kept):
-                    larger = tree_leaves(probe(*arguments(examples)))
+            smaller = _run(traced.cut(probe, kept, sharing=True), examples, seed)
+            with _masked(probe, traced, kept):
+                larger = _run(probe, examples, seed)
         except Exception as error:  # noqa: BLE001, the model is foreign code
             return f"the cut model does not run: {_first_line(error)}"
         if why := _difference(smaller, larger):
             return why
     return None
+
+
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> list[object]:
+    """What a model returns, as leaves, any draws being those of the seed."""
+    with torch.no_grad(), seeded(seed):
+        return tree_leaves(model(*arguments(inputs)))
 
 
 def _difference(ours: Sequence[object], theirs: Sequence[object]) -> str | None:
@@ -357,119 +354,6 @@ def deepest(
         while len(found[name]) > 1 and not holds([g]):
             found[name] = found[name][:-1]
     return found
-
-
-def skippable(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[str]:
-    """Residual blocks, by name: the innermost modules that run once, turn one tensor into another of its shape, and
-    hand it on as it is where all that they hold is zero. The model is left as it was."""
-    seen: dict[str, list[tuple[object, object]]] = {}
-
-    def watching(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[object, ...], named: Mapping[str, object], output: object) -> None:
-            given = args[0] if args else None
-            seen.setdefault(name, []).append((given.clone() if isinstance(given, Tensor) else None, output))
-
-        return hook
-
-    modules = ((name, m) for name, m in model.named_modules() if name and not isinstance(m, torch.jit.ScriptModule))
-    inner = ((name, m) for name, m in modules if any(True for _ in m.children()))
-    names = all_names(model)
-    holding = {name: m for name, m in inner if _owns(name, [names[id(p)] for p in m.parameters()])}
-    hooks = [m.register_forward_hook(watching(name), with_kwargs=True) for name, m in holding.items()]
-    try:
-        with torch.no_grad():
-            model(*arguments(inputs))
-            alike = [name for name, calls in seen.items() if len(calls) == 1 and _of_one_shape(*calls[0])]
-            found = []
-            for name in alike:
-                held = [(tensor, tensor.clone()) for _, tensor in tensors_of(holding[name])]
-                seen.clear()
-                try:
-                    for tensor, _ in held:
-                        tensor.zero_()
-                    model(*arguments(inputs))
-                    ((given, output),) = seen[name]
-                    if isinstance(given, Tensor) and isinstance(output, Tensor) and torch.equal(given, output):
-                        large = FAR * given  # a block that ends in a bound hands on what lies within it
-                        if torch.equal(holding[name](large.clone()), large):
-                            found.append(name)
-                except Exception:  # noqa: BLE001, foreign code on weights that are all zero
-                    continue
-                finally:
-                    for tensor, values in held:
-                        tensor.copy_(values)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
-
-
-def _owns(block: str, parameters: Sequence[Sequence[str]]) -> bool:
-    """Whether a module has parameters, and all of them for itself."""
-    return bool(parameters) and all(name.startswith(f"{block}.") for names in parameters for name in names)
-
-
-def _of_one_shape(given: object, output: object) -> bool:
-    return isinstance(given, Tensor) and isinstance(output, Tensor) and given.shape == output.shape
-
-
-def randomise(model: nn.Module, rng: np.random.Generator) -> None:
-    """Random weights and statistics of sane size, so that no difference hides behind a zero. Other buffers, which may
-    be masks or tables, stay."""
-    with torch.no_grad():
-        for name, tensor in tensors_of(model):
-            ours = isinstance(tensor, nn.Parameter) or name.endswith(("running_mean", "running_var"))
-            if not ours or not tensor.is_floating_point() or tensor.numel() == 0:
-                continue
-            if tensor.dim() > 1:
-                fan_in = tensor.numel() / tensor.shape[0]
-                values = rng.standard_normal(tensor.shape) * math.sqrt(2 / max(fan_in, 1.0))
-            elif name.endswith(("bias", "mean")):
-                values = rng.standard_normal(tensor.shape) * 0.1
-            elif isinstance(tensor, nn.Parameter) or name.endswith("var"):
-                values = rng.uniform(0.5, 1.5, tensor.shape)
-            else:
-                continue
-            tensor.copy_(torch.from_numpy(np.asarray(values)).to(tensor.dtype))
-
-
-def settle(model: nn.Module, inputs: tuple[Tensor, ...], rng: np.random.Generator) -> None:
-    """Statistics of batch normalisations that are near those of the inputs, so that a deep network with random weights
-    neither explodes nor dies out, which would drown a proof in rounding; left as they are where it cannot run so."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    before = [(m, m.momentum, {name: tensor.clone() for name, tensor in m.named_buffers()}) for m in norms]
-    try:
-        with torch.no_grad():
-            for norm in norms:
-                norm.train()
-                norm.momentum = 1.0
-            model(*arguments(inputs))
-            for norm in norms:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                norm.running_var.clamp_(min=1e-3).mul_(torch.from_numpy(rng.uniform(0.5, 2, norm.num_features)))
-                shift = torch.from_numpy(rng.standard_normal(norm.num_features) * 0.2).to(norm.running_mean)
-                norm.running_mean.add_(shift * norm.running_var.sqrt())
-    except Exception:  # noqa: BLE001, one value a channel is too few, or the model is foreign code
-        for norm, _, buffers in before:
-            for name, tensor in buffers.items():
-                norm.get_buffer(name).copy_(tensor)
-    finally:
-        for norm, momentum, _ in before:
-            norm.eval()
-            norm.momentum = momentum
-
-
-def in_double(probe: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The probe in double precision, where the smallest error shows; as it is, if it does not run so."""
-    exact = copy.deepcopy(probe).double()
-    doubled = tuple(x.double() if x.is_floating_point() else x for x in inputs)
-    try:
-        with torch.no_grad():
-            exact(*arguments(doubled))
-    except Exception:  # noqa: BLE001, the model is foreign code
-        return probe, inputs
-    return exact, doubled
 
 
 def _first_line(error: Exception) -> str:

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import is_pruned
 from torch.utils._pytree import tree_leaves
 
+from autoprune.blocks import skippable
 from autoprune.borrowing import arguments, seeded
 from autoprune.core import InputError, Refusal, check_rules
 from autoprune.grouping import gather, labels_of
 from autoprune.keywords import positional
 from autoprune.masks import MASK_GRAINS, masked
-from autoprune.proof import DIFFERS, deepest, failing, in_double, randomise, settle, skippable
+from autoprune.probe import in_double, randomise, settle
+from autoprune.proof import DIFFERS, deepest, failing
 from autoprune.recording import Place, Recording
 from autoprune.traced import TracedModel
 from autoprune.tracing import record

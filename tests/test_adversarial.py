@@ -39,13 +39,16 @@ def sizes(model: nn.Module) -> dict[str, int]:
     return {g.name: g.size for g in explored(model.eval(), INPUTS).space.groups}
 
 
-def every_level_runs(model: nn.Module, traced: TracedModel) -> None:
+def shapes_at_every_level(model: nn.Module, traced: TracedModel) -> set[torch.Size]:
+    """Of what the model returns with each group alone at each of its levels."""
+    found = {model(*INPUTS).shape}
     for g, group in enumerate(traced.space.groups):
         for level in group.levels:
             kept = [np.arange(other.size) for other in traced.space.groups]
             kept[g] = kept[g][: group.kept(level)]
             with torch.no_grad():
-                traced.cut(model, kept)(*INPUTS)
+                found.add(traced.cut(model, kept)(*INPUTS).shape)
+    return found
 
 
 @pytest.mark.parametrize("parts", [2, 3])
@@ -67,7 +70,9 @@ def test_groups_that_must_keep_a_proportion_are_not_offered_apart(way: str, part
             return self.head(F.relu(sum(made)).mean((2, 3)))  # type: ignore[no-any-return]
 
     model = Uneven().eval()
-    every_level_runs(model, explored(model, INPUTS))
+    traced = explored(model, INPUTS)
+    assert shapes_at_every_level(model, traced) == {torch.Size([2, 5])}
+    assert [g.name for g in traced.space.groups if g.name.startswith("each")] == ["each.0"]
 
 
 @pytest.mark.parametrize("shown", ["threshold", "sign", "argmax"])
@@ -116,6 +121,27 @@ def test_as_many_outputs_as_units_are_refused() -> None:
             return super().forward(torch.zeros_like(x[:, :3])), list(range(x.shape[1]))
 
     assert "b" not in sizes(Listed())
+
+
+@pytest.mark.parametrize("halved", [False, True])
+def test_a_gate_that_starts_at_zero_hides_nothing(halved: bool) -> None:
+    """What lies behind it is proven on other weights: offered where it is right, refused where it is not."""
+
+    class Gated(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.back, self.gate = nn.Conv2d(16, 16, 1), nn.Parameter(torch.zeros(1))
+
+        def body(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            inner = F.relu(self.b(x))
+            if halved:  # after a shuffle, so that halves of fewer channels hold others
+                n, c, h, w = inner.shape
+                inner = inner.view(n, 4, c // 4, h, w).transpose(1, 2).reshape(n, c, h, w)
+                inner = torch.cat([inner[:, : c // 2].relu(), inner[:, c // 2 :].sigmoid() * 30], 1)
+            return x + self.gate * self.back(inner)  # type: ignore[no-any-return]
+
+    assert sizes(Gated()) == {"a": 16, "c": 8} | ({} if halved else {"b": 16})
 
 
 def test_randomness_does_not_look_like_a_difference() -> None:

@@ -13,7 +13,7 @@ LAYERS = [
     {"units", "borrowing", "keywords"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {"label_rules", "label_contractions", "label_recurrent", "grouping", "finalists", "pruning_env", "reconstruct"},
-    {"tracing", "proof", "agent"},
+    {"tracing", "blocks", "probe", "proof", "agent"},
     {"masks"},
     {"space"},
     {"lineage", "prune", "recover", "scores", "strategies", "tasks"},

@@ -17,7 +17,8 @@ from zoo import ZOO
 from autoprune.core import Candidate, Trial
 from autoprune.evaluate import Evaluator
 from autoprune.lineage import Networks, check_nested, folder_beside
-from autoprune.proof import _masked, randomise
+from autoprune.probe import randomise
+from autoprune.proof import _masked
 from autoprune.reconstruct import Reconstruction
 from autoprune.space import trace
 from autoprune.traced import TracedModel, tensors_of

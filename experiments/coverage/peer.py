@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments
 from autoprune.keywords import positional
-from autoprune.proof import in_double, randomise, settle
+from autoprune.probe import in_double, randomise, settle
 from autoprune.tracing import record
 
 COLUMNS = "groups proven wrong fails prunable graph_seconds seconds error".split()
