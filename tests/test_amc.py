@@ -209,6 +209,7 @@ def test_the_batch_changes_nothing_before_the_agent_has_learnt() -> None:
     assert [e.reward for e in one] == [e.reward for e in four]
 
 
+@pytest.mark.slow
 def test_the_agent_learns() -> None:
     """Noise that decays around a choice never learnt betters random walks too: what is learnt is the difference."""
     gained = []

@@ -244,6 +244,7 @@ def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys:
     assert (folder / "ratios.yaml").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unheeding")
 def test_a_profile_is_kept_and_found_by_the_search(capsys: pytest.CaptureFixture[str]) -> None:
     quick = "device.processes=2 device.most_processes=2 device.samples=6 device.seconds=0.2 device.repeats=0".split()

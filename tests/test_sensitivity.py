@@ -206,6 +206,7 @@ def test_a_group_that_cannot_be_cut_is_left_whole_by_every_finalist() -> None:
     assert all(t.candidate.ratios[2] == 0 for t in finalists(trials))
 
 
+@pytest.mark.slow
 def test_exchanges_go_on_where_the_recovered_loss_falls() -> None:
     """Over five worlds whose recovery the sweep cannot foresee: never worse than without, and better in most."""
 
