@@ -1,8 +1,9 @@
 """What the tracer finds in the networks people have: python experiments/coverage/coverage.py [NAME_CONTAINS]
 
 Each network in a process of its own with a limit on time; rows go to coverage.csv, and a row that is there is not made
-again. Columns: groups (each proven), the share of the MACs in layers that some group cuts, what is left with half of
-every group, what was refused and why, seconds. The same for Torch-Pruning in peer.csv: see peer.py. Then the table.
+again. Columns: groups (each proven), the share of the MACs in layers that some group cuts (`prunable`), the same of the
+MACs of weights alone (`weights`: what Torch-Pruning's rows have too), what is left with half of every group, what was
+refused and why, seconds. Torch-Pruning's rows in peer.csv: see peer.py. Then the table.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ import peer
 from models import networks
 from records import append, rows
 
+from autoprune.borrowing import arguments
 from autoprune.core import amount_of
 from autoprune.diagnosis import prunable
+from autoprune.keywords import positional
 from autoprune.space import trace
 
 FILE, PEER = (Path(__file__).parent / f"{name}.csv" for name in ("coverage", "peer"))
@@ -33,7 +36,7 @@ LIMIT = 600  # seconds a network
 FORK = multiprocessing.get_context("fork")
 
 
-COLUMNS = "params groups prunable macs_at_half params_at_half refused reasons seconds error".split()
+COLUMNS = "params groups prunable weights macs_at_half params_at_half refused reasons seconds error".split()
 
 
 def ours(name: str) -> dict[str, Any]:
@@ -50,10 +53,14 @@ def ours(name: str) -> dict[str, Any]:
     before, after = (sum(p.numel() for p in m.parameters()) for m in (model, smaller))
     half = amount_of(traced.macs, [len(units) for units in kept]) / amount_of(traced.macs, sizes)
     reasons = {r.reason for r in traced.space.refused}
+    flat = positional(model, tuple(inputs)) if isinstance(inputs, Mapping) else model
+    given = tuple(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    macs = peer.macs_by_weight(flat, arguments(given))
     return {
         "params": before,
         "groups": len(traced.space.groups),
         "prunable": round(prunable(traced.macs, sizes), 4),
+        "weights": peer.share_of(macs, {s.tensor for slices in traced.slices for s in slices}),
         "macs_at_half": round(half, 4),
         "params_at_half": round(after / before, 4),
         "refused": len(traced.space.refused),
@@ -103,7 +110,8 @@ def table() -> None:
     for family in [*dict.fromkeys(row["family"] for row in ours.values()), ""]:
         own = [row for row in ours.values() if family in row["family"]]
         other = [theirs[row["network"]] for row in own if row["network"] in theirs]
-        most, most_of_theirs = (sum(share(row) > 0.5 for row in side) for side in (own, other))
+        most = sum(float(row["prunable"] or 0) > 0.5 for row in own)
+        most_of_theirs = sum(share(row) > 0.5 for row in other)
         seconds = statistics.median(float(row["seconds"] or LIMIT) for row in own)
         wrong, broken = sum(row["wrong"] not in ("", "0") for row in other), sum(not row["groups"] for row in other)
         counts = f"{len(own)} | {most} | {seconds:.1f} | {most_of_theirs} of {len(other)} | {wrong} | {broken}"
@@ -114,7 +122,8 @@ def table() -> None:
 
 
 def share(row: Mapping[str, str]) -> float:
-    return float(row["prunable"] or 0)
+    """Of the MACs of weights: the same for both sides."""
+    return float(row["weights"] or 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ from autoprune.keywords import positional
 from autoprune.probe import in_double, randomise, settle
 from autoprune.tracing import record
 
-COLUMNS = "groups proven wrong fails prunable graph_seconds seconds error".split()
+COLUMNS = "groups proven wrong fails weights graph_seconds seconds error".split()
 SECONDS = 120  # for the groups of one network; what was not tried then counts as not proven
 DOUBLE = 3e8  # MACs of a pass that is made in double precision
 
@@ -44,14 +44,25 @@ def theirs(name: str) -> dict[str, Any]:
     began = time.perf_counter()
     randomise(model, np.random.default_rng(0))
     settle(model, inputs, np.random.default_rng(1))
-    macs: dict[str, float] = {}
-    for use in record(model, arguments(inputs), {}).contractions:
-        weight = dict(model.named_parameters())[use.weight]
-        macs[use.weight] = macs.get(use.weight, 0.0) + use.positions * weight.numel()
+    macs = macs_by_weight(model, arguments(inputs))
     if sum(macs.values()) * len(inputs[0]) < DOUBLE:
         return found(*in_double(model, inputs), macs, began)
     row = found(model, inputs, macs, began)
     return found(*in_double(model, inputs), macs, time.perf_counter()) if row["wrong"] else row  # or it is rounding
+
+
+def macs_by_weight(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, float]:
+    """MACs an input of each weight's contractions, by the weight's name: what both sides' shares are of."""
+    weights = dict(model.named_parameters())
+    macs: dict[str, float] = {}
+    for use in record(model, inputs, {}).contractions:
+        macs[use.weight] = macs.get(use.weight, 0.0) + use.positions * weights[use.weight].numel()
+    return macs
+
+
+def share_of(macs: Mapping[str, float], cut: Container[str]) -> float:
+    """Of these MACs those of weights that are cut."""
+    return round(sum(n for name, n in macs.items() if name in cut) / max(sum(macs.values()), 1.0), 4)
 
 
 def found(model: nn.Module, inputs: tuple[Tensor, ...], macs: Mapping[str, float], began: float) -> dict[str, Any]:
@@ -70,11 +81,10 @@ def found(model: nn.Module, inputs: tuple[Tensor, ...], macs: Mapping[str, float
         verdict, tensors = judged(model, inputs, graph, group)
         verdicts[verdict] += 1
         cut |= tensors if verdict == "proven" else set()
-    share = sum(n for name, n in macs.items() if name in cut) / max(sum(macs.values()), 1.0)
     return {
         "groups": count,
         **verdicts,
-        "prunable": round(share, 4),
+        "weights": share_of(macs, cut),
         "graph_seconds": round(graph_seconds, 2),
         "seconds": round(time.perf_counter() - began, 1),
         "error": late,
