@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tiny import ends
 from torch import Tensor, nn
 
 from autoprune.core import Budget, InputError, Measurement
@@ -64,15 +65,6 @@ def question(model: nn.Module) -> dict[str, object]:
     return {"do": "time", "models": [packed(model, (torch.ones(1),), "torch")], "plan": ONCE}
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-
-
 def test_a_worker_fixes_its_threads_and_its_waiting() -> None:
     with Worker(Device(threads=2)) as worker:
         assert worker.facts["threads"] == 2
@@ -88,7 +80,7 @@ def test_a_worker_that_hangs_is_killed_at_its_limit() -> None:
     with pytest.raises(WorkerLostError, match="no answer within 1 s and was killed"):
         worker.ask(question(Calls("hang")), limit_s=1.0)
     assert time.perf_counter() - began < 3.0
-    assert not alive(pid)
+    assert ends(pid)
 
 
 def test_a_worker_that_dies_is_restarted_with_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 
 import torch
 from torch import nn
@@ -14,6 +15,20 @@ from autoprune import Task
 from autoprune.borrowing import seeded
 from autoprune.recover import FineTune, finetune
 from autoprune.tasks.fashion_mnist_resnet20 import make_task as full_task
+
+
+def ends(pid: int, within_s: float = 5.0) -> bool:
+    """Whether a process has ended, or does so soon: who kills it need not wait for it, nor reap it."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rsplit(")", 1)[1].split()[0] == "Z":
+                    return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 @functools.cache
