@@ -106,8 +106,10 @@ def _matrix_product(rec: Recording, name: str, x: Tensor, weight: Tensor, bias: 
     rec.made.add((source, out_dim))
     label = rec.label(x)
     rec.used(source, x.shape[0] / rec.examples)
-    if varies(label, 0) and not varies(label, 1):  # the rows are units (a token mixer): they pass through
-        return label[:, :1].expand(-1, weight.shape[1])
+    if varies(label, 0) and not varies(label, 1):  # the rows are units (a token mixer)
+        if not rec.units.all_whole(small(label).numpy()):
+            return label[:, :1].expand(-1, weight.shape[1])  # which pass through
+        label = torch.zeros(1, 1, dtype=torch.int64).expand(label.shape)  # or are lost, and the columns can be units
     ends = rec.channel_units(label, 1, f"aten.{name}")
     rec.own(source, in_dim, ends, f"aten.{name}")
     produced = _produced(rec, source, out_dim, weight.shape[1], 1)

@@ -86,6 +86,10 @@ class Units:
     def why_whole(self, label: int) -> str | None:
         return self._kept_whole.get(self.find(label))
 
+    def all_whole(self, labels: Labels) -> bool:
+        """Whether every unit among these is kept whole already."""
+        return all(self.why_whole(label) is not None for label in np.unique(labels).tolist() if label)
+
     def united_by(self, label: int) -> str | None:
         """The last operation that united distinguishable units into this one."""
         return self._united_by.get(self.find(label))

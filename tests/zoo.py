@@ -228,6 +228,21 @@ class Tokens(nn.Module):
         return self.head(self.body(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
 
 
+class TokenMixer(nn.Module):
+    """What mixes the patches of each channel and then the channels of each patch, as MLP-Mixer does; the layer norms
+    hold the embedding whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_tokens, self.norm_channels = nn.LayerNorm(16), nn.LayerNorm(16)
+        self.tokens = nn.Sequential(nn.Linear(16, 10), nn.GELU(), nn.Linear(10, 16))
+        self.channels = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tokens(self.norm_tokens(x).transpose(1, 2)).transpose(1, 2)
+        return x + self.channels(self.norm_channels(x))
+
+
 class Attention(nn.Module):
     """Heads that the code counts anew; keys and values of fewer heads are repeated, and `rotary` scales what each head
     holds by numbers of its own."""
@@ -405,6 +420,7 @@ ZOO = {
     ),
     "fused_attention": Specimen(lambda: Tokens(FusedAttention(), 12), {"patch": 16, "body.qkv": 4, "body.o": 12}),
     "projections": Specimen(lambda: Tokens(Projections(), 12), {"patch": 16, "body.a": 24, "body.b": 12}),
+    "token_mixer": Specimen(lambda: Tokens(TokenMixer(), 16), {"body.tokens.0": 10, "body.channels.0": 24}),
     "lstm": Specimen(lambda: Tokens(Recurrent(nn.LSTM), 12), {"patch": 16, "body.rnn": 12}),
     "lstm_projected": Specimen(
         lambda: Tokens(Recurrent(nn.LSTM, proj_size=6, num_layers=2, bidirectional=True), 12),
