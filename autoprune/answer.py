@@ -98,7 +98,6 @@ def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Pr
         evaluator.task,
         plan,
         teacher=evaluator.dense_model,
-        frozen=evaluator.frozen,
         seed=evaluator.seed,
         progress=progress,
     )

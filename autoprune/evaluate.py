@@ -40,7 +40,7 @@ from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, Teacher, check_healing, finetune, foreign, recalibrate
+from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
 from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
@@ -70,7 +70,10 @@ class Scoring:
 
 
 class Evaluator:
-    """Candidates in, trials out, in order and one by one. Holds the dense model, never changes it."""
+    """Candidates in, trials out, in order and one by one. Holds the dense model, never changes it.
+
+    anchored: whether its batch normalisation statistics were of other data and are replaced (recover.anchored).
+    """
 
     def __init__(
         self,
@@ -89,10 +92,12 @@ class Evaluator:
         self.budgets, self.costs, self.meters = tuple(budgets), costs, meters
         self.scoring, self.seed, self.cache = scoring, seed, cache
         device = scoring.device
-        self.dense_model = copy.deepcopy(task.model).to(device).eval()
         with seeded(seed):
             self.chunks = to_device(subset(task.search, scoring.images, seed), device)
             self.recalibration = to_device(first(task.train, scoring.recalibration), device)
+        given = copy.deepcopy(task.model).to(device).eval()
+        self.dense_model = anchored(given, self.recalibration, task.loss)
+        self.anchored = self.dense_model is not given
         self._teacher = Teacher(self.dense_model, remembered=LESSONS)
         self._dense: Scored | None = None
         self._known: dict[int, Candidate] = {}
@@ -142,11 +147,6 @@ class Evaluator:
             "torch": torch.__version__,
         }
 
-    @functools.cached_property
-    def frozen(self) -> bool:
-        """Whether batch normalisations keep their statistics throughout, as they are not of the training data."""
-        return foreign(self.dense_model, self.recalibration, self.task.loss)
-
     def dense(self) -> Scored:
         """The dense model's scores on the same images."""
         if self._dense is None:
@@ -171,7 +171,7 @@ class Evaluator:
         if candidate.recovery != "none":
             if "reconstruct" in self.scoring.recovery and self.traced.narrows:
                 self._reconstruct(model, kept, source, candidate.parent)
-            if "bn_recalibrate" in self.scoring.recovery and not self.frozen:
+            if "bn_recalibrate" in self.scoring.recovery:
                 recalibrate(model, self.recalibration)
         if candidate.recovery == "short":
             with seeded(self.seed):
@@ -182,7 +182,6 @@ class Evaluator:
                     loss=self.task.loss,
                     lr=self.task.lr,
                     teacher=self._teacher,
-                    frozen=self.frozen,
                 )
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from autoprune.core import InputError, Measurement, Progress, Silent, Task
 from autoprune.costs import counted
 from autoprune.criteria import Criterion
 from autoprune.keywords import named, positional_task
-from autoprune.prune import RatioTable
-from autoprune.recover import HEALING, FineTune, check_healing, finetune, foreign, recalibrate
+from autoprune.prune import RatioTable, weights_hash
+from autoprune.recover import HEALING, FineTune, anchored, check_healing, finetune, recalibrate
 
 FINAL = FineTune(epochs=3)
 
@@ -73,9 +73,8 @@ def finetune_table(
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
     teacher = copy.deepcopy(task.model).to(device)
-    frozen = foreign(task.model, batches, task.loss)
     model = healed(task, table, batches, recovery, device=device)
-    train(model, task, final, teacher=teacher, frozen=frozen, seed=seed, progress=progress)
+    train(model, task, final, teacher=teacher, seed=seed, progress=progress)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = test(task, [teacher, model])
     inputs = to_device(task.inputs, device)
@@ -99,13 +98,17 @@ def healed(
     *,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The task's model pruned by a table, put on a device and recovered without training, on these training batches.
+    """The task's model pruned by a table of its own weights, put on a device and recovered without training, on these
+    training batches; ready to be trained (recover.anchored).
 
     Raises:
         InputError: the model has another architecture than the table's.
     """
-    model = table.prune(task.model, task.inputs, reconstruct=batches if "reconstruct" in recovery else ()).to(device)
-    if "bn_recalibrate" in recovery and not foreign(task.model, batches, task.loss):
+    dense = anchored(task.model, batches, task.loss)
+    if dense is not task.model:
+        table = replace(table, weights=weights_hash(dense))  # the same units
+    model = table.prune(dense, task.inputs, reconstruct=batches if "reconstruct" in recovery else ()).to(device)
+    if "bn_recalibrate" in recovery:
         recalibrate(model, to_device(batches, device))
     return model
 
@@ -116,11 +119,10 @@ def train(
     plan: FineTune,
     *,
     teacher: nn.Module,
-    frozen: bool,
     seed: int,
     progress: Progress,
 ) -> None:
-    """Fine-tune a network in place, seen by `progress`. frozen: as of recover.finetune."""
+    """Fine-tune a network in place, seen by `progress`."""
     begun = False
 
     def on_step(done: int, total: int) -> None:
@@ -131,7 +133,7 @@ def train(
         progress.step()
 
     with seeded(seed):
-        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, frozen=frozen, on_step=on_step)
+        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, on_step=on_step)
 
 
 def test(task: Task, models: Sequence[nn.Module]) -> list[float]:

@@ -17,7 +17,7 @@ from autoprune.borrowing import arguments, evaluating, fingerprint, to_device
 from autoprune.core import InputError, check_rules
 
 HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
-FOREIGN = 3.0  # so many times a model's loss where statistics of the data at hand do not go with its weights
+FOREIGN = 1.25  # so many times a model's loss where statistics of the data at hand do not go with its weights
 
 
 def check_healing(place: str, recovery: Sequence[str]) -> None:
@@ -56,10 +56,43 @@ def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [norm for norm in norms if norm.track_running_stats]
 
 
-def foreign(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> bool:
-    """Whether the model's batch normalisation statistics are of other data than these batches, as of a published
-    network that is used on pictures of another kind: with theirs instead, its loss on them is many times higher. Such
-    statistics belong to the weights and are not to be taken anew."""
+def anchored(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> nn.Module:
+    """The model itself, or a copy that gives the same outputs with statistics that are those of these batches.
+
+    A published network that is used on pictures of another kind normalises by statistics of other data, which belong
+    to its weights: with those of the data at hand, its loss on them is many times higher. Recalibration and training
+    put these in all the same. In the copy, each normalisation has the mean m and deviation s that its inputs have in
+    the model, and scale and shift g' = g s/s0, b' = b + g (m - m0)/s0 make up for it; new statistics then change
+    nothing. Normalisations without scale and shift stay as they are.
+    """
+    if not _foreign(model, batches, loss):
+        return model
+    copied = copy.deepcopy(model).eval()
+    norms = [norm for norm in _norms(copied) if norm.affine]
+    seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in norms}
+
+    def see(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        seen[norm].append(torch.var_mean(x, [d for d in range(x.dim()) if d != 1]))
+
+    hooks = [norm.register_forward_pre_hook(see) for norm in norms]
+    with torch.no_grad():
+        for inputs, _ in batches:
+            copied(*arguments(inputs))
+        for hook in hooks:
+            hook.remove()
+        for norm in (norm for norm in norms if seen[norm]):
+            var, mean = (torch.stack(part).mean(0) for part in zip(*seen[norm], strict=True))
+            older_mean, older_var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            slope = norm.weight / torch.sqrt(older_var + norm.eps)
+            norm.bias.add_(slope * (mean - older_mean))
+            norm.weight.copy_(slope * torch.sqrt(var + norm.eps))
+            older_mean.copy_(mean)
+            older_var.copy_(var)
+    return copied
+
+
+def _foreign(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> bool:
     if not _norms(model) or not batches:
         return False
     own = copy.deepcopy(model)
@@ -136,13 +169,11 @@ def finetune(
     loss: Callable[[Any, Any], Tensor],
     lr: float,
     teacher: nn.Module | Teacher | None = None,
-    frozen: bool = False,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train `model` in place and leave it in evaluation mode. Draws come from the global generators: seed them.
 
-    frozen: batch normalisations keep their statistics, and use them in training too (see `foreign`). on_step(done,
-    total) is called after each step. Raises FloatingPointError when the loss is no longer finite.
+    on_step(done, total) is called after each step. Raises FloatingPointError when the loss is no longer finite.
     """
     per_epoch = _length(train)
     total = round(plan.epochs * per_epoch)
@@ -163,8 +194,6 @@ def finetune(
     wise = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
     device = next(model.parameters()).device
     model.train()
-    for norm in _norms(model) if frozen else ():
-        norm.eval()
     for step, (inputs, target) in enumerate(_endless(train), start=1):
         target = to_device(target, device)
         output = model(*arguments(inputs, device))

@@ -247,8 +247,10 @@ def _prepared(
         seed=seed,
         cache=None if cache is None else Path(cache),
     )
-    if evaluator.frozen:
-        progress.say("the batch normalisation statistics are not of the training data: they are kept as they are")
+    if evaluator.anchored:
+        progress.say(
+            "the batch normalisation statistics are not of the training data: scales and shifts take up the difference"
+        )
     return _Prepared(evaluator, prices, asked, target)
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from autoprune.borrowing import seeded
 from autoprune.core import InputError
-from autoprune.recover import FineTune, Teacher, finetune, foreign, recalibrate
+from autoprune.recover import FineTune, Teacher, anchored, finetune, recalibrate
 
 
 def data(n: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -33,26 +33,45 @@ def test_recalibration_gives_the_average_statistics_of_the_batches() -> None:
     assert all(torch.equal(weights[k], v) for k, v in model[1].state_dict().items())
 
 
-def test_statistics_of_other_data_are_told_and_kept() -> None:
-    """A network whose first weights go with statistics that its inputs do not have."""
+def normalising(affine: bool = True) -> nn.Module:
+    """A network with statistics that its inputs do not have."""
+    norm, linear = nn.BatchNorm1d(3, affine=affine), nn.Linear(3, 2)
+    with torch.no_grad():
+        if affine:
+            norm.weight.copy_(torch.tensor([1.0, -2.0, 0.0]))
+            norm.bias.copy_(torch.tensor([0.5, 0.0, 3.0]))
+        linear.weight.copy_(torch.tensor([[5.0, 0.1, 0.2], [-5.0, 0.0, 0.0]]))
+        linear.bias.zero_()
+    return nn.Sequential(norm, linear).eval()
 
-    def network(mean: float) -> nn.Module:
-        norm, linear = nn.BatchNorm1d(3), nn.Linear(3, 2)
-        norm.get_buffer("running_mean").fill_(mean)
-        with torch.no_grad():
-            linear.weight.copy_(torch.tensor([[5.0, 0, 0], [-5.0, 0, 0]]))
-            linear.bias.zero_()
-        return nn.Sequential(norm, linear).eval()
 
+def test_statistics_of_other_data_are_replaced_and_made_up_for() -> None:
     x = data()[0][0]
-    ours, theirs = [(x, network(mean)(x).argmax(1)) for mean in (float(x[:, 0].mean()), 0.0)]
-    assert not foreign(network(float(x[:, 0].mean())), [ours], F.cross_entropy)
-    assert foreign(network(0.0), [theirs], F.cross_entropy)
-    assert not foreign(nn.Linear(3, 2), [theirs], F.cross_entropy)
-    model = network(0.0)
-    finetune(model, [theirs], FineTune(epochs=3), loss=F.cross_entropy, lr=0.1, frozen=True)
-    assert torch.equal(model.get_buffer("0.running_mean"), torch.zeros(3))
-    assert not model.training
+    model = normalising()
+    batches = [(x, model(x).argmax(1))]
+    before = copy.deepcopy(model.state_dict())
+    other = anchored(model, batches, F.cross_entropy)
+    assert other is not model
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    new = data()[1][0]
+    assert torch.allclose(other(new), model(new), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(other.get_buffer("0.running_mean"), x.mean(0))
+    assert torch.allclose(other.get_buffer("0.running_var"), x.var(0))
+    recalibrate(other, batches)
+    assert torch.allclose(other(new), model(new), rtol=1e-4, atol=1e-4), "new statistics change nothing"
+    recalibrate(model, batches)
+    assert not torch.allclose(other(new), model(new), atol=1.0), "as they do in the model"
+
+
+def test_statistics_of_the_data_and_networks_without_any_are_left_alone() -> None:
+    x = data()[0][0]
+    own = normalising()
+    recalibrate(own, [(x, None)])
+    for model in (own, nn.Linear(3, 2)):
+        assert anchored(model, [(x, model(x).argmax(1))], F.cross_entropy) is model
+    model = normalising(affine=False)
+    other = anchored(model, [(x, model(x).argmax(1))], F.cross_entropy)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_recalibration_without_normalisation_changes_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -225,6 +226,27 @@ def test_a_table_is_reused_in_training() -> None:
     tuned = finetune_table(make_task(), result.table, final=QUICK)
     assert tuned.measured["macs"].value == result.measured["macs"].value
     assert tuned.test_recovered == pytest.approx(result.scores.test_recovered, abs=0.05)
+
+
+def test_statistics_of_other_data_cost_nothing() -> None:
+    """The same function with statistics that are not the data's: searched, pruned and trained to the same score."""
+    task, other = make_task(), copy.deepcopy(make_task().model)
+    with torch.no_grad():
+        for norm in (m for m in other.modules() if isinstance(m, nn.BatchNorm2d)):
+            mean, var = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+            norm.bias.add_(norm.weight * 2.0)
+            norm.weight.mul_(3.0)
+            mean.add_(2.0 * torch.sqrt(var + norm.eps))
+            var.copy_(9 * (var + norm.eps) - norm.eps)
+    image = task.inputs[0]
+    assert torch.allclose(task.model.eval()(image), other.eval()(image), atol=1e-4), "the same function"
+    foreign = dataclasses.replace(task, model=other)
+    ordinary, shifted = (searched(each, strategy="uniform") for each in (task, foreign))
+    assert shifted.scores.dense == pytest.approx(ordinary.scores.dense, abs=0.002)
+    assert shifted.scores.recovered == pytest.approx(ordinary.scores.recovered, abs=0.03)
+    untrained = FineTune(epochs=0)
+    kept, kept_too = (finetune_table(t, ordinary.table, final=untrained).test_recovered for t in (task, foreign))
+    assert kept_too == pytest.approx(kept, abs=0.05), "the units may be others"
 
 
 def test_a_reused_table_is_healed_as_asked_and_by_nothing_else() -> None:
