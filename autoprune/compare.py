@@ -12,14 +12,13 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
 
-from autoprune import components, run
+from autoprune import __version__, components, run
 from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
 from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, Task
@@ -147,7 +146,7 @@ def compare(
 
 
 def _digest(identity: str, strategy: Mapping[str, Any]) -> str:
-    made_of = repr((identity, sorted(strategy.items()), version("autoprune")))
+    made_of = repr((identity, sorted(strategy.items()), __version__))
     return hashlib.sha256(made_of.encode()).hexdigest()[:8]
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from autoprune import __version__
 from autoprune.borrowing import fingerprint, first, seeded, to_device
 from autoprune.core import (
     Budget,
@@ -131,7 +131,7 @@ class Evaluator:
         task's loss and metric, which have no name that tells two settings apart."""
         dense = self.dense()
         return {
-            "autoprune": version("autoprune"),
+            "autoprune": __version__,
             "task": self.task.name,
             "weights": weights_hash(self.task.model),
             "architecture": self.traced.fingerprint,

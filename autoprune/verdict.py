@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from autoprune import components
+from autoprune import __version__, components
 from autoprune.answer import Answer
 from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
@@ -148,5 +148,5 @@ def _verdicts(
 
 
 def _versions() -> dict[str, str]:
-    names = ("autoprune", "torch", "numpy", "scipy", "optuna", "fvcore")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    names = ("torch", "numpy", "scipy", "optuna", "fvcore")
+    return {"python": platform.python_version(), "autoprune": __version__} | {name: version(name) for name in names}

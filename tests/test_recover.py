@@ -101,6 +101,18 @@ def test_fine_tuning_lowers_the_loss_and_counts_its_steps() -> None:
     assert F.cross_entropy(model(data()[0][0]), data()[0][1]) < before
 
 
+@pytest.mark.parametrize(
+    ("momentum", "steps", "used"), [(0.01, 20, 0.1), (0.01, 400, 0.025), (0.3, 20, 0.3), (None, 20, 0.1)]
+)
+def test_running_statistics_keep_up_with_a_short_fine_tune(momentum: float | None, steps: int, used: float) -> None:
+    norm = nn.BatchNorm1d(3, momentum=momentum)
+    seen: list[float | None] = []
+    norm.register_forward_pre_hook(lambda *_: seen.append(norm.momentum))
+    finetune(nn.Sequential(norm, nn.Linear(3, 2)), data(), FineTune(epochs=steps / 4), loss=F.cross_entropy, lr=0.1)
+    assert seen == [pytest.approx(used)] * steps
+    assert norm.momentum == momentum
+
+
 def test_a_teacher_changes_what_is_learnt_and_is_not_changed() -> None:
     with seeded(9):
         teacher = nn.Linear(3, 2)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from autoprune import __version__
 from autoprune.borrowing import arguments, evaluating, seeded
 from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width, width_of
 from autoprune.meters.device import Device, MeasuringError, WarmWorker, WorkerLostError, settings, warm
@@ -146,7 +147,7 @@ def key(
     content = json.dumps([repr(model), weights, forms, groups])
     return {
         "schema": SCHEMA,
-        "autoprune": version("autoprune"),
+        "autoprune": __version__,
         **settings(device),
         **facts,
         **({} if device.runtime == "torch" else {name: version(name) for name in ("torch", "onnx", "onnxscript")}),
