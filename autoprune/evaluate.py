@@ -10,8 +10,10 @@ import copy
 import functools
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from autoprune.core import (
     Glancing,
     Measurement,
     Meter,
+    Recovery,
     Task,
     Trial,
     all_met,
@@ -42,9 +45,11 @@ from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
 from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
+from autoprune.shared_prefix import Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
+LOG = logging.getLogger("autoprune")
 LESSONS = 64 * 2**20  # bytes of the dense model's outputs that are kept for the next candidate's short fine-tune
 
 
@@ -55,6 +60,7 @@ class Scoring:
 
     recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
     from (reconstruct.py), and then "bn_recalibrate", which takes new batch normalisation statistics.
+    shared_prefix: what candidates of one batch have in common runs once (shared_prefix.py), with the same results.
     """
 
     images: int = 1000
@@ -62,6 +68,7 @@ class Scoring:
     recovery: Sequence[str] = HEALING
     short: FineTune = FineTune(epochs=0.25)
     device: str = "cpu"
+    shared_prefix: bool = True
 
     def __post_init__(self) -> None:
         rules = {"images >= 2": self.images >= 2, "recalibration >= 0": self.recalibration >= 0}
@@ -104,6 +111,7 @@ class Evaluator:
         self._digests: dict[Candidate, str] = {}
         self._networks: Networks | None = None
         self._reconstruction: tuple[str | None, Reconstruction] | None = None
+        self._prefix: SharedPrefix | None = None
         self.hits = self.evaluations = 0
 
     def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
@@ -115,15 +123,18 @@ class Evaluator:
         batch = list(batch)
         self._known |= dict(batch)
         self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
+        beside = _Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
         for number, candidate in batch:
+            outcome = beside.of(number)
             began = time.perf_counter()
             try:
-                trial = self._evaluate(number, candidate)
+                trial = self._evaluate(number, candidate, outcome)
             except DeviceLostError:
                 raise
             except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
                 trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
-            yield replace(trial, seconds=time.perf_counter() - began)
+            seconds = 0.0 if outcome is None else outcome.seconds
+            yield replace(trial, seconds=seconds + time.perf_counter() - began)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -141,11 +152,16 @@ class Evaluator:
             "lr": self.task.lr,
             "metric": type(self.task.metric).__name__,
             "dense": hashlib.sha256(repr((dense.losses, dense.scores)).encode()).hexdigest()[:16],
-            "scoring": asdict(self.scoring),
+            "scoring": {name: value for name, value in asdict(self.scoring).items() if name != "shared_prefix"},
             "seed": self.seed,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+
+    @property
+    def shared(self) -> float:
+        """The fraction of the forward passes of all that was evaluated that ran once for many, by FLOPs."""
+        return self._prefix.saved / self.evaluations if self._prefix and self.evaluations else 0.0
 
     def dense(self) -> Scored:
         """The dense model's scores on the same images."""
@@ -166,13 +182,9 @@ class Evaluator:
         kept = self._units(candidate.ratios)
         if stored := self._stored(candidate):
             return self.traced.cut(self.traced.spread(self.dense_model, stored, kept), kept).eval()
-        source = self.dense_model if candidate.parent is None else self._spread(candidate.parent, kept)
-        model = self.traced.cut(source, kept).eval()
-        if candidate.recovery != "none":
-            if "reconstruct" in self.scoring.recovery and self.traced.narrows:
-                self._reconstruct(model, kept, source, candidate.parent)
-            if "bn_recalibrate" in self.scoring.recovery:
-                recalibrate(model, self.recalibration)
+        model = self._rebuilt(candidate.parent, self._source(candidate.parent), candidate.recovery, kept)
+        if self._recalibrates(candidate.recovery):
+            recalibrate(model, self.recalibration)
         if candidate.recovery == "short":
             with seeded(self.seed):
                 finetune(
@@ -186,6 +198,62 @@ class Evaluator:
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
 
+    def _recalibrates(self, recovery: Recovery) -> bool:
+        return recovery != "none" and "bn_recalibrate" in self.scoring.recovery
+
+    def _source(self, parent: int | None) -> nn.Module:
+        """What a parent's children are cut from."""
+        return self.dense_model if parent is None else self._spread(parent)
+
+    def _rebuilt(
+        self,
+        parent: int | None,
+        source: nn.Module,
+        recovery: Recovery,
+        kept: Sequence[Labels],
+        *,
+        sharing: bool = False,
+    ) -> nn.Module:
+        """A parent's child, cut and refitted, its statistics not yet taken anew; sharing: as of TracedModel.cut.
+
+        Raises:
+            ValueError: a unit is to be kept that the parent has lost.
+        """
+        if parent is not None:
+            check_nested(self.traced.space, self._units(self._candidate(parent).ratios), kept)
+        model = self.traced.cut(source, kept, sharing=sharing).eval()
+        if recovery != "none" and "reconstruct" in self.scoring.recovery and self.traced.narrows:
+            self._reconstruct(model, kept, source, parent)
+        return model
+
+    def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome]]]:
+        """The candidates of a batch that are scored together, by number, each with what scores it and others."""
+        alike: dict[tuple[int | None, Recovery], dict[int, Sequence[Labels]]] = defaultdict(dict)
+        seen: set[Path | None] = set()
+        for number, candidate in batch if self.scoring.shared_prefix else ():
+            if candidate.recovery == "short" or candidate.measure:
+                continue
+            with suppress(ValueError):  # what is no candidate at all becomes a failed trial
+                self.traced.space.check(candidate.ratios)
+                path = self._cache_path(candidate)
+                if path is None or (path not in seen and read_cached(path) is None):
+                    alike[candidate.parent, candidate.recovery][number] = self._units(candidate.ratios)
+                    seen.add(path)
+        found: dict[int, Iterator[dict[int, Outcome]]] = {}
+        for (parent, recovery), candidates in alike.items():
+            found |= dict.fromkeys(candidates, self._scored_together(parent, recovery, candidates))
+        return found
+
+    def _scored_together(
+        self, parent: int | None, recovery: Recovery, candidates: Mapping[int, Sequence[Labels]]
+    ) -> Iterator[dict[int, Outcome]]:
+        if len(candidates) < 2:
+            return
+        if self._prefix is None:
+            self._prefix = SharedPrefix(self.traced, self.dense_model, self.task, self.chunks, self.recalibration)
+        make = functools.partial(self._rebuilt, parent, self._source(parent), recovery, sharing=True)
+        yield from self._prefix.scored(candidates, make, recalibrated=self._recalibrates(recovery))
+
     def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
         """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
         kept, as a round's candidates have one parent."""
@@ -196,21 +264,15 @@ class Evaluator:
             self._reconstruction = digest, made
         self._reconstruction[1].apply(model, kept)
 
-    def _spread(self, parent: int, kept: Sequence[Labels]) -> nn.Module:
-        """A network of the dense one's shape that computes what the parent's recovered one does.
-
-        Raises:
-            ValueError: a unit is to be kept that the parent has lost.
-        """
+    def _spread(self, parent: int) -> nn.Module:
+        """A network of the dense one's shape that computes what the parent's recovered one does."""
         earlier = self._candidate(parent)
         tensors = self._stored(earlier)
         if tensors is None:
             made = self.recovered(earlier)
             self._keep(earlier, made)  # whatever its recovery: it is needed for every child
             tensors = dict(tensors_of(made))
-        older = self._units(earlier.ratios)
-        check_nested(self.traced.space, older, kept)
-        return self.traced.spread(self.dense_model, tensors, older).eval()
+        return self.traced.spread(self.dense_model, tensors, self._units(earlier.ratios)).eval()
 
     def _stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
         return None if self._networks is None else self._networks.get(self._digest(candidate))
@@ -238,21 +300,24 @@ class Evaluator:
     def _units(self, ratios: Sequence[float]) -> tuple[Labels, ...]:
         return choose_units(self.traced.space, self.importance, ratios)
 
-    def _evaluate(self, number: int, candidate: Candidate) -> Trial:
+    def _evaluate(self, number: int, candidate: Candidate, outcome: Outcome | None) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
         path = self._cache_path(candidate)
-        model, scored = None, read_cached(path)
-        cached = scored is not None
+        model, cached = None, False
+        if outcome is not None:
+            scored: Scored | None = outcome.scored
+        else:
+            scored = read_cached(path)
+            cached = scored is not None
+        self.hits += cached
+        self.evaluations += not cached
         if scored is None:
-            self.evaluations += 1
             began = time.perf_counter()
             model = self.recovered(candidate)
             healing = time.perf_counter() - began
             scored = self.scored(model)
             scored = replace(scored, seconds_in_forward=scored.seconds_in_forward + healing)
             write_cached(path, scored)
-        else:
-            self.hits += 1
         expected = {name: m.predict(ratios) for name, m in self.costs.items()}
         if candidate.measure:
             costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
@@ -306,6 +371,29 @@ class Evaluator:
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
+
+
+class _Beside:
+    """Outcomes of candidates that are scored together, made block by block when the first of a block is asked for."""
+
+    def __init__(self, blocks: Mapping[int, Iterator[dict[int, Outcome]]], keep: Callable[[int, Scored], None]) -> None:
+        self._blocks, self._keep = blocks, keep
+        self._done: dict[int, Outcome] = {}
+
+    def of(self, number: int) -> Outcome | None:
+        """None for a candidate that is to be evaluated alone."""
+        while number in self._blocks and number not in self._done:
+            try:
+                block = next(self._blocks[number], None)
+            except Exception as error:  # noqa: BLE001, whatever it was, one by one they may do
+                LOG.warning("candidates cannot be scored together (%s: %s): one by one", type(error).__name__, error)
+                block = None
+            if block is None:
+                return None
+            for n, outcome in block.items():
+                self._keep(n, outcome.scored)
+            self._done |= block
+        return self._done.pop(number, None)
 
 
 def _count(batches: Any) -> int | None:

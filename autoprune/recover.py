@@ -34,24 +34,33 @@ def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
     The statistics of the wide network are wrong for the cut one; this alone restores most of the accuracy
     (EagleEye; Li et al., ECCV 2020, arXiv 2007.02491). Nothing else changes; without such layers nothing happens.
     """
-    norms = _norms(model)
+    norms = norms_of(model)
     if not norms or not batches:
         return
-    momenta = [m.momentum for m in norms]
     model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over the batches
-        norm.train()
-    with torch.no_grad():
+    with torch.no_grad(), averaging(norms):
         for inputs, _ in batches:
             model(*arguments(inputs))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
-def _norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+@contextmanager
+def averaging(norms: Sequence[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Inside, the statistics of these normalisations become plain averages over the batches that they see, by which
+    they normalise meanwhile; afterwards they are in evaluation mode."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+
+def norms_of(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Those that keep statistics."""
     norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
     return [norm for norm in norms if norm.track_running_stats]
@@ -69,7 +78,7 @@ def anchored(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any]
     if not _foreign(model, batches, loss):
         return model
     copied = copy.deepcopy(model).eval()
-    norms = [norm for norm in _norms(copied) if norm.affine]
+    norms = [norm for norm in norms_of(copied) if norm.affine]
     seen: dict[nn.Module, list[tuple[Tensor, Tensor]]] = {norm: [] for norm in norms}
 
     def see(norm: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -94,7 +103,7 @@ def anchored(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any]
 
 
 def _foreign(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], Tensor]) -> bool:
-    if not _norms(model) or not batches:
+    if not norms_of(model) or not batches:
         return False
     own = copy.deepcopy(model)
     recalibrate(own, batches)
@@ -220,7 +229,7 @@ def finetune(
 @contextmanager
 def _following(model: nn.Module, steps: int) -> Iterator[None]:
     """Within, normalisation statistics keep up with weights that are trained for so many steps."""
-    momenta = [(norm, norm.momentum) for norm in _norms(model)]
+    momenta = [(norm, norm.momentum) for norm in norms_of(model)]
     for norm, momentum in momenta:  # None: an average over all that was ever seen
         norm.momentum = max(momentum or 0.0, min(0.1, 10 / steps))
     try:

@@ -128,7 +128,8 @@ def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> Non
     search = values["search"]
     console.print(
         f"{search['trials']} trials ({search['evaluations']} evaluated, {search['cache_hits']} from the cache, "
-        f"{search['failed']} failed) in {search['seconds']:.0f} s",
+        f"{search['failed']} failed; {search['shared']:.0%} of their forward passes ran once for many) "
+        f"in {search['seconds']:.0f} s",
         highlight=False,
     )
     if episodes := values["episodes"]:

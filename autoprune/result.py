@@ -68,6 +68,7 @@ class Result:
     storage: str | None
     evaluations: int
     cache_hits: int
+    shared: float
     seconds: float
     seconds_searching: float
     findings: Mapping[str, str]
@@ -126,6 +127,7 @@ class Result:
                 "failed": sum(t.error is not None for t in self.trials),
                 "evaluations": self.evaluations,
                 "cache_hits": self.cache_hits,
+                "shared": self.shared,
                 "seconds": self.seconds,
                 "seconds_searching": self.seconds_searching,
                 "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),

@@ -48,28 +48,47 @@ class Scored:
 
 def score(model: nn.Module, chunks: Sequence[Any], task: Task) -> Scored:
     """Score a network on chunks of (inputs, target). Raises FloatingPointError if a loss is not finite."""
-    metric = copy.deepcopy(task.metric)
-    metric.reset()
     device = next(model.parameters()).device
-    metric.to(device)
-    sign = -1.0 if metric.higher_is_better is False else 1.0
-    scores, losses, sizes, forward = [], [], [], 0.0
+    tally = Tally(task, device)
     model.eval()
     with torch.inference_mode():
         for inputs, target in chunks:
-            given, target = arguments(inputs, device), to_device(target, device)
-            began = time.perf_counter()
-            output = model(*given)
-            forward += time.perf_counter() - began
-            losses.append(float(task.loss(output, target)))
-            scores.append(sign * float(metric(output, target)))
-            sizes.append(len(given[0]))
-    if not all(math.isfinite(value) for value in losses):
-        raise FloatingPointError("the loss on the search split is not finite")
-    total = float(metric.compute())
-    if not math.isfinite(total):
-        raise FloatingPointError("the metric on the search split is not finite")
-    return Scored(sign * total, tuple(scores), tuple(losses), tuple(sizes), forward)
+            tally.add(model, inputs, to_device(target, device))
+    return tally.scored()
+
+
+class Tally:
+    """A network's losses and metric, chunk by chunk."""
+
+    def __init__(self, task: Task, device: torch.device) -> None:
+        self._loss, self._device = task.loss, device
+        self._metric = copy.deepcopy(task.metric).to(device)
+        self._metric.reset()
+        self._sign = -1.0 if self._metric.higher_is_better is False else 1.0
+        self._scores: list[float] = []
+        self._losses: list[float] = []
+        self._sizes: list[int] = []
+        self.forward = 0.0  # seconds
+
+    def add(self, model: nn.Module, inputs: Any, target: Any) -> Any:
+        """Run the network on a chunk; returns its output."""
+        given = arguments(inputs, self._device)
+        began = time.perf_counter()
+        output = model(*given)
+        self.forward += time.perf_counter() - began
+        self._losses.append(float(self._loss(output, target)))
+        self._scores.append(self._sign * float(self._metric(output, target)))
+        self._sizes.append(len(given[0]))
+        return output
+
+    def scored(self) -> Scored:
+        """Raises FloatingPointError if a loss or the metric is not finite."""
+        if not all(math.isfinite(value) for value in self._losses):
+            raise FloatingPointError("the loss on the search split is not finite")
+        total = float(self._metric.compute())
+        if not math.isfinite(total):
+            raise FloatingPointError("the metric on the search split is not finite")
+        return Scored(self._sign * total, tuple(self._scores), tuple(self._losses), tuple(self._sizes), self.forward)
 
 
 def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:

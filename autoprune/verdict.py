@@ -75,6 +75,7 @@ def concluded(
         versions=_versions(),
         evaluations=evaluator.evaluations,
         cache_hits=evaluator.hits,
+        shared=evaluator.shared,
         held_out=tuple(prices.table.held_out_pairs(prices.traced.space)) if prices.table else (),
         layers=_layers(device, evaluator, model) if prices.table else (),
         notes=task.notes,

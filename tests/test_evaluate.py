@@ -23,7 +23,9 @@ from autoprune.scores import CHUNKS, interval, stratified, subset
 from autoprune.space import Space, trace
 
 
-def evaluator(cache: Path | None = None, seed: int = 0, healing: Sequence[str] = HEALING, **change: Any) -> Evaluator:
+def evaluator(
+    cache: Path | None = None, seed: int = 0, healing: Sequence[str] = HEALING, shared: bool = True, **change: Any
+) -> Evaluator:
     task = replace(make_task(), **change)
     traced = trace(task.model, task.inputs, Space(levels=6))
     dense = counted(task.model, task.inputs)
@@ -34,7 +36,13 @@ def evaluator(cache: Path | None = None, seed: int = 0, healing: Sequence[str] =
         budgets=(),
         costs=counted_models(task, traced, dense),
         meters=COUNTING,
-        scoring=Scoring(images=400, recalibration=2, recovery=healing, short=FineTune(epochs=0.3, teach=0.0)),
+        scoring=Scoring(
+            images=400,
+            recalibration=2,
+            recovery=healing,
+            short=FineTune(epochs=0.3, teach=0.0),
+            shared_prefix=shared,
+        ),
         seed=seed,
         cache=cache,
     )
@@ -214,3 +222,28 @@ def test_the_interval_is_students() -> None:
     low, high = interval([1.0, 2.0, 3.0, 4.0])
     assert high == pytest.approx(3.182446 * np.std([1, 2, 3, 4], ddof=1) / 2)
     assert low == -high
+
+
+def test_candidates_come_to_the_same_together_and_alone(tmp_path: Path) -> None:
+    """Those cut from the dense network, and a parent's children."""
+    together, alone = evaluator(tmp_path), evaluator(shared=False)
+    space = together.traced.space
+    ratios = [tuple(g.levels[1] for g in space.groups)]
+    ratios += [(*ratios[0][:g], group.levels[-1], *ratios[0][g + 1 :]) for g, group in enumerate(space.groups)]
+    rounds: list[list[Candidate]] = [
+        [Candidate(ratios=r, recovery=k) for k in ("probe", "none") for r in ratios],
+        [Candidate(ratios=ratios[0], recovery="short")],
+        [Candidate(ratios=r, parent=2 * len(ratios)) for r in ratios],
+    ]
+    for batch in rounds:
+        first = 2 * len(ratios) * (batch is not rounds[0]) + (batch is rounds[2])
+        trials = [list(ours(list(enumerate(batch, start=first)))) for ours in (together, alone)]
+        assert not [t.error for t in trials[0] + trials[1] if t.error]
+        assert [t.loss for t in trials[0]] == pytest.approx([t.loss for t in trials[1]], rel=1e-5)
+        assert [t.score for t in trials[0]] == [t.score for t in trials[1]]
+        assert all(t.seconds > 0 for t in trials[0])
+    assert together.shared > 0.3
+    assert alone.shared == 0
+    again = evaluator(tmp_path)
+    assert all(t.cached for t in again(list(enumerate(rounds[0]))))
+    assert together.identity == alone.identity

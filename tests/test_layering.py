@@ -12,12 +12,21 @@ LAYERS = [
     {"core"},
     {"units", "borrowing", "keywords"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
-    {"label_rules", "label_contractions", "label_recurrent", "grouping", "finalists", "pruning_env", "reconstruct"},
+    {
+        "label_rules",
+        "label_contractions",
+        "label_recurrent",
+        "grouping",
+        "finalists",
+        "pruning_env",
+        "reconstruct",
+        "dependence",
+    },
     {"tracing", "blocks", "probe", "proof", "agent"},
     {"masks"},
     {"space"},
     {"lineage", "prune", "recover", "scores", "strategies", "tasks"},
-    {"components", "result"},
+    {"components", "result", "shared_prefix"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page"},
     {"answer", "report", "testing"},
@@ -59,7 +68,7 @@ def imports(path: Path) -> list[str]:
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module == "autoprune":
-            found += [f"autoprune.{alias.name}" for alias in node.names]
+            found += [f"autoprune.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.append(node.module)
     return found

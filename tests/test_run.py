@@ -20,7 +20,7 @@ from autoprune import report
 from autoprune.answer import best
 from autoprune.borrowing import first, seeded
 from autoprune.core import InputError, Silent, Task
-from autoprune.evaluate import Scoring
+from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import finetune_table, healed
 from autoprune.recover import FineTune
 from autoprune.result import Result
@@ -180,16 +180,15 @@ def test_the_study_shows_ratios_scores_and_costs(tmp_path: Path) -> None:
 
 
 def test_failing_candidates_are_recorded_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoprune.evaluate import Evaluator
+    plain = Evaluator._rebuilt
 
-    plain = Evaluator.recovered
-
-    def fragile(self: Evaluator, candidate: Any) -> Any:
-        if candidate.ratios[0] > 0.4:
+    def fragile(self: Evaluator, *args: Any, **how: Any) -> Any:
+        *_, kept = args
+        if len(kept[0]) < 0.6 * self.traced.space.groups[0].size:
             raise MemoryError("no room for this one")
-        return plain(self, candidate)
+        return plain(self, *args, **how)
 
-    monkeypatch.setattr(Evaluator, "recovered", fragile)
+    monkeypatch.setattr(Evaluator, "_rebuilt", fragile)
     result = searched()
     failed = [t for t in result.trials if t.error]
     assert failed

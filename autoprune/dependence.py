@@ -1,0 +1,200 @@
+"""Which modules' outputs depend on which groups, found in one recorded pass: what need not be computed again for a
+network that differs from another in some groups alone.
+
+Every tensor that an operation makes depends on the groups of the tensors that it reads, a parameter on the groups that
+cut it; what is made inside a module whose attributes a group sets, or that it leaves out, depends on that group too.
+Dependence is kept by storage, so that views and writing in place are followed. What only the shape of a tensor decides
+is not seen: whoever relies on this compares outputs once (shared_prefix.py).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from autoprune.traced import TracedModel, tensors_of
+
+ESCAPES = torch.ops.aten._local_scalar_dense.default  # a value becomes a number of Python's
+
+
+@dataclass
+class _Call:
+    """What one module did. groups: a bit for each that its output depends on. written: whether its output was changed
+    in place later on. readers: the modules that ran, outermost first, where an operation read its output."""
+
+    began: int
+    calls: int = 1
+    groups: int = 0
+    writes: bool = False
+    opaque: bool = False
+    written: bool = False
+    readers: set[tuple[str, ...]] = field(default_factory=set)
+    bytes: int = 0
+
+
+class Dependence:
+    """See the module's docstring. The model is left as it was.
+
+    Raises:
+        whatever the model raises on these inputs.
+    """
+
+    def __init__(self, traced: TracedModel, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        watch = _Watch(_cutting(traced), model)
+        hooks = []
+        for name, module in model.named_modules():
+            if name:
+                hooks.append(module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name)))
+                hooks.append(
+                    module.register_forward_hook(lambda *a, name=name: watch.leave(name, a[-1]), always_call=True)
+                )
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter, watch:
+                output = model(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        watch.returned(output)
+        self._calls = watch.calls
+        counted = counter.get_flop_counts().items()
+        self._flops = {name.partition(".")[2]: sum(each.values()) for name, each in counted if name != "Global"}
+
+    def reusable(self, changed: Collection[int]) -> dict[str, bool]:
+        """The outermost modules whose outputs do not depend on the groups that changed, and whether anything that is
+        then still computed reads their output."""
+        bits = sum(1 << g for g in set(changed))
+        free = {n for n, c in self._calls.items() if not (c.groups & bits or c.writes or c.opaque or c.calls > 1)}
+        outermost = {name for name in free if not any(parent in free for parent in _above(name))}
+        return {n: any(outermost.isdisjoint(stack) for stack in self._calls[n].readers) for n in outermost}
+
+    def written(self, module: str) -> bool:
+        """Whether the module's output is changed in place after it returned."""
+        return self._calls[module].written
+
+    def bytes(self, module: str) -> int:
+        """Of the module's output for the inputs that were recorded."""
+        return self._calls[module].bytes
+
+    def calls(self, module: str) -> int:
+        """How often the module ran."""
+        return self._calls[module].calls if module in self._calls else 0
+
+    def share(self, modules: Collection[str]) -> float:
+        """The fraction of the dense network's FLOPs that lie inside these modules, of which none is inside another."""
+        inside = sum(self._flops.get(name, 0) for name in modules)
+        return float(inside / max(self._flops.get("", 0), 1))
+
+
+def _above(module: str) -> list[str]:
+    """The names of the modules that this one is inside of, outermost first, but for the model itself."""
+    parts = module.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _cutting(traced: TracedModel) -> dict[str, int]:
+    """The groups, as bits, that a tensor or the inside of a module depends on."""
+    bits: dict[str, int] = defaultdict(int)
+    for g, (group, pieces) in enumerate(zip(traced.space.groups, traced.slices, strict=True)):
+        for piece in pieces:
+            bits[piece.tensor] |= 1 << g
+        if group.kind == "block":
+            bits[group.name] |= 1 << g
+    for link in traced.attributes:
+        bits[link.module] |= 1 << link.group
+    return bits
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, cutting: Mapping[str, int], model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cutting = cutting
+        self.calls: dict[str, _Call] = {}
+        self.stack: list[str] = []
+        self.outer = cutting.get("", 0)  # what everything that is made from now on depends on
+        self.groups: dict[int, int] = {}  # of a storage
+        self.born: dict[int, int] = {}
+        self.made_by: dict[int, list[_Call]] = defaultdict(list)  # storage -> whose output it is
+        self.alive: list[Any] = []  # no storage's number is given twice
+        for name, tensor in tensors_of(model):
+            self._groups(tensor)
+            self.groups[self._storage(tensor)] |= cutting.get(name, 0)
+
+    def _storage(self, tensor: Tensor) -> int:
+        return int(tensor.untyped_storage()._cdata)
+
+    def _groups(self, tensor: Tensor) -> int:
+        key = self._storage(tensor)
+        if key not in self.groups:
+            self.alive.append(tensor.untyped_storage())
+            self.groups[key], self.born[key] = 0, len(self.alive)
+        return self.groups[key]
+
+    def enter(self, name: str) -> None:
+        if name in self.calls:
+            self.calls[name].calls += 1
+        else:
+            self.calls[name] = _Call(began=len(self.alive))
+        self.stack.append(name)
+
+    def leave(self, name: str, output: Any) -> None:
+        self.stack.pop()
+        call = self.calls[name]
+        call.groups |= self.cutting.get(name, 0) | self.outer
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                call.groups |= self._groups(leaf)
+                call.bytes += leaf.nbytes
+                self.made_by[self._storage(leaf)].append(call)
+            else:  # an object may hold anything
+                call.opaque |= not isinstance(leaf, bool | int | float | str | None)
+
+    def returned(self, output: Any) -> None:
+        """The model's own output is read, whatever comes after."""
+        for tensor in _tensors(output):
+            for call in self.made_by[self._storage(tensor)]:
+                call.readers.add(())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = _tensors((args, kwargs))
+        groups, stack = self.outer, tuple(self.stack)
+        for module in stack:
+            groups |= self.cutting.get(module, 0)
+        for tensor in given:
+            groups |= self._groups(tensor)
+            for call in self.made_by.get(self._storage(tensor), ()):
+                call.readers.add(stack)
+        output = func(*args, **(kwargs or {}))
+        if func is ESCAPES:
+            self.outer |= groups
+        for tensor in _written(func, args, kwargs or {}):
+            key = self._storage(tensor)
+            for call in self.made_by.get(key, ()):
+                call.written = True
+            for module in stack:
+                self.calls[module].writes |= self.born[key] <= self.calls[module].began
+        for tensor in (*_tensors(output), *_written(func, args, kwargs or {})):
+            self._groups(tensor)
+            self.groups[self._storage(tensor)] |= groups
+        return output
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that an operation changes in place."""
+    found = []
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name, args[place] if place < len(args) else None)
+            found += _tensors(value)
+    return found
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]

@@ -1,0 +1,320 @@
+"""Networks that differ in few groups, healed and scored together: what comes before the first difference runs once.
+
+The candidates of a sweep, or of a round of NetAdapt, have most ratios in common. One network, at the ratios that most
+of them have, runs over the data batch by batch, its modules' outputs are kept, each candidate's own forward runs over
+the same batch, and every module whose output does not depend on the groups in which it differs (dependence.py)
+hands back what was kept. So it goes for whatever runs, residual or concatenating, and gives what the candidate gives
+alone. Recalibration is shared alike: normalisations before the difference have the statistics of the common network.
+
+What a recorded pass cannot tell, a candidate shows: on the first chunk the first of each group runs in full as well,
+and where the outputs differ the candidates of this group are left to be evaluated alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoprune.borrowing import arguments, to_device
+from autoprune.core import Task
+from autoprune.dependence import Dependence
+from autoprune.recover import averaging, norms_of, recalibrate
+from autoprune.scores import Scored, Tally
+from autoprune.traced import TracedModel
+from autoprune.units import Labels
+
+BLOCK = 64  # candidates that are evaluated together at most, which is what a crash can lose
+KEPT = 2**30  # bytes of outputs that are kept at once
+WORTHWHILE = 0.1  # of a batch's MACs that must be saved
+TOLERANCE = 1e-5  # of the largest output
+
+Outputs = dict[str, Callable[[], Any]]  # by module: makes what it hands back
+
+
+class _Reached(BaseException):
+    """All outputs that are needed are kept: the rest of the common network need not run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a candidate came to beside others, and the seconds that it took."""
+
+    scored: Scored
+    seconds: float
+
+
+@dataclass
+class _Member:
+    """One candidate of a block."""
+
+    kept: Sequence[Labels]
+    changed: frozenset[int]
+    reuse: Mapping[str, bool]
+    tally: Tally
+    model: nn.Module | None = None
+    seconds: float = 0.0
+    failed: bool = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Time that is this candidate's. Should it fail, it is left to fail alone, or not to."""
+        began = time.perf_counter()
+        try:
+            yield
+        except Exception:  # noqa: BLE001
+            self.failed = True
+        self.seconds += time.perf_counter() - began
+
+
+class SharedPrefix:
+    """See the module's docstring. dense: the model that candidates are cut from; chunks: what they are scored on;
+    recalibration: batches for normalisation statistics.
+
+    Raises:
+        whatever the model raises on the task's inputs.
+    """
+
+    def __init__(
+        self, traced: TracedModel, dense: nn.Module, task: Task, chunks: Sequence[Any], recalibration: Sequence[Any]
+    ) -> None:
+        self._task, self._chunks, self._recalibration = task, chunks, recalibration
+        self._device = next(dense.parameters()).device
+        example = arguments(task.inputs, self._device)
+        self._dependence = Dependence(traced, dense, example)
+        self._per_example = max(len(example[0]), 1)
+        self._largest = max(len(arguments(inputs)[0]) for inputs, _ in (*chunks, *recalibration))
+        norms = norms_of(dense)
+        self._exact = all(self._dependence.calls(n) <= 1 for n, module in dense.named_modules() if module in norms)
+        self._shown: set[int] = set()  # groups whose first candidate gave what it gives alone
+        self._refuted: set[int] = set()  # those whose first did not
+        self.saved = 0.0  # dense networks' FLOPs that were not computed again
+
+    def scored(
+        self,
+        candidates: Mapping[int, Sequence[Labels]],
+        make: Callable[[Sequence[Labels]], nn.Module],
+        *,
+        recalibrated: bool,
+    ) -> Iterator[dict[int, Outcome]]:
+        """Candidates by number, given as the units that they keep -> what they came to, block by block.
+
+        Those that share too little, fail, or differ from what they give alone, are in none. make: the network that
+        keeps these units, before recalibration, in evaluation mode; tensors that are not changed may be shared.
+        """
+        if recalibrated and not self._exact:  # statistics of a norm that runs twice mix what differs with what does not
+            return
+        common = _common(list(candidates.values()))
+        changed = {n: _changed(kept, common) for n, kept in candidates.items()}
+        reuse = {n: self._dependence.reusable(groups) for n, groups in changed.items() if not groups & self._refuted}
+        saved = {n: self._dependence.share(modules) for n, modules in reuse.items()}
+        # the common network runs as far as any candidate reuses it
+        if len(reuse) < 2 or sum(saved.values()) - max(saved.values()) < WORTHWHILE * len(reuse):
+            return
+        network = make(common)
+        if recalibrated:
+            network = _with_own_statistics(network)
+            recalibrate(network, self._recalibration)
+        for block in self._blocks(reuse):
+            members = {n: _Member(candidates[n], changed[n], reuse[n], Tally(self._task, self._device)) for n in block}
+            began = time.perf_counter()
+            self._block(network, list(members.values()), make, recalibrated=recalibrated)
+            common_seconds = time.perf_counter() - began - sum(m.seconds for m in members.values())
+            done: dict[int, Outcome] = {}
+            for n, member in members.items():
+                if not (member.failed or member.changed & self._refuted):
+                    with suppress(FloatingPointError):
+                        done[n] = Outcome(member.tally.scored(), member.seconds + common_seconds / len(block))
+            self.saved += sum(saved[n] for n in done)
+            yield done
+
+    def _blocks(self, reuse: Mapping[int, Mapping[str, bool]]) -> Iterator[list[int]]:
+        """Candidates in order, so many at once as their kept outputs leave room for."""
+        block: list[int] = []
+        kept: set[str] = set()
+        for n, modules in reuse.items():
+            read = {name for name, is_read in modules.items() if is_read}
+            size = sum(self._dependence.bytes(name) for name in kept | read) / self._per_example * self._largest
+            if block and (size > KEPT or len(block) == BLOCK):
+                yield block
+                block, kept = [], set()
+            block.append(n)
+            kept |= read
+        if block:
+            yield block
+
+    def _block(
+        self,
+        network: nn.Module,
+        members: Sequence[_Member],
+        make: Callable[[Sequence[Labels]], nn.Module],
+        *,
+        recalibrated: bool,
+    ) -> None:
+        for member in members:
+            with member.working():
+                member.model = make(member.kept)
+        if recalibrated:
+            self._recalibrate(network, members)
+        with torch.inference_mode():
+            for number, (inputs, target) in enumerate(self._chunks):
+                outputs = self._outputs(network, members, inputs)
+                for member in _whole(members):
+                    self._add(member, inputs, to_device(target, self._device), outputs, first=number == 0)
+
+    def _add(self, member: _Member, inputs: Any, target: Any, outputs: Outputs, *, first: bool) -> None:
+        assert member.model is not None
+        with member.working(), handing_back(member.model, _of(outputs, member)):
+            output = member.tally.add(member.model, inputs, target)
+        if first and not member.failed and not member.changed <= self._shown:
+            with member.working():
+                alone = member.model(*arguments(inputs, self._device))
+                known = self._shown if _alike(output, alone) else self._refuted
+                known |= member.changed
+
+    def _recalibrate(self, network: nn.Module, members: Sequence[_Member]) -> None:
+        """As recover.recalibrate each alone; `network` has its statistics already."""
+        training = _with_own_statistics(copy.deepcopy(network))
+        with ExitStack() as modes:
+            modes.enter_context(averaging(norms_of(training)))
+            for member in members:
+                with member.working():
+                    modes.enter_context(averaging(_differing(member, network)))
+            with torch.no_grad():
+                for inputs, _ in self._recalibration:
+                    outputs = self._outputs(training, members, inputs)
+                    for member in _whole(members):
+                        assert member.model is not None
+                        with member.working(), handing_back(member.model, _of(outputs, member)):
+                            member.model(*arguments(inputs, self._device))
+
+    def _outputs(self, network: nn.Module, members: Sequence[_Member], inputs: Any) -> Outputs:
+        """What the modules that members reuse give in the common network."""
+        reads: Counter[str] = Counter()
+        for member in _whole(members):
+            reads.update({name: int(read) for name, read in member.reuse.items()})
+        found: Outputs = {}
+
+        def keep(name: str, output: Any) -> None:
+            if not reads[name]:  # only other modules that hand back read it, and they do not
+                found[name] = partial(tree_map, _hollow, tree_map(_hollow, output))
+            elif self._dependence.written(name):
+                found[name] = partial(tree_map, _cloned, tree_map(_cloned, output))
+            else:
+                found[name] = partial(_itself, output)
+            if len(found) == len(reads):
+                raise _Reached
+
+        with ExitStack() as hooks:
+            for name in reads:
+                hook = network.get_submodule(name).register_forward_hook(lambda *a, name=name: keep(name, a[-1]))
+                hooks.callback(hook.remove)
+            with suppress(_Reached):
+                network(*arguments(inputs, self._device))
+        return found
+
+
+@contextmanager
+def handing_back(model: nn.Module, outputs: Outputs) -> Iterator[None]:
+    """Inside, these modules hand back these outputs instead of running."""
+    modules = [(model.get_submodule(name), output) for name, output in outputs.items()]
+    own = [module.__dict__.get("forward") for module, _ in modules]
+    for module, output in modules:
+        module.forward = partial(_handed, output)
+    try:
+        yield
+    finally:
+        for (module, _), forward in zip(modules, own, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _handed(output: Callable[[], Any], *_: Any, **__: Any) -> Any:
+    return output()
+
+
+def _itself(output: Any) -> Any:
+    return output
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _hollow(value: Any) -> Any:
+    """Of the same shape, without room for values."""
+    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value
+
+
+def _whole(members: Sequence[_Member]) -> list[_Member]:
+    return [member for member in members if not member.failed]
+
+
+def _of(outputs: Outputs, member: _Member) -> Outputs:
+    return {name: outputs[name] for name in member.reuse if name in outputs}
+
+
+def _common(candidates: Sequence[Sequence[Labels]]) -> list[Labels]:
+    """Of each group the units that most of the candidates keep."""
+    common = []
+    for each in zip(*candidates, strict=True):
+        (key, _), *_ = Counter(units.tobytes() for units in each).most_common(1)
+        common.append(next(units for units in each if units.tobytes() == key))
+    return common
+
+
+def _changed(kept: Sequence[Labels], common: Sequence[Labels]) -> frozenset[int]:
+    return frozenset(
+        g for g, pair in enumerate(zip(kept, common, strict=True)) if pair[0].tobytes() != pair[1].tobytes()
+    )
+
+
+def _with_own_statistics(model: nn.Module) -> nn.Module:
+    """The same model, in place, with normalisation statistics that are no other's."""
+    for norm in norms_of(model):
+        _own(norm)
+    return model
+
+
+def _own(norm: nn.Module) -> None:
+    for name, buffer in norm.named_buffers(recurse=False):
+        setattr(norm, name, buffer.clone())
+
+
+def _differing(member: _Member, network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The normalisations of a candidate that run, with statistics of their own; those that do not get the common
+    network's."""
+    assert member.model is not None
+    norms, differing = set(norms_of(member.model)), []
+    for name, module in member.model.named_modules():
+        if module not in norms:
+            continue
+        if any(name == reused or name.startswith(f"{reused}.") for reused in member.reuse):
+            for buffer, values in network.get_submodule(name).named_buffers(recurse=False):
+                setattr(module, buffer, values)
+        else:
+            _own(module)
+            differing.append(module)
+    return differing
+
+
+def _alike(ours: Any, alone: Any) -> bool:
+    pairs = list(zip(tree_leaves(ours), tree_leaves(alone), strict=True))
+    return all(_close(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and torch.equal(a, b)
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * max(scale, 1.0), equal_nan=True)

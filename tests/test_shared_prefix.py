@@ -1,0 +1,215 @@
+"""Candidates scored together come to what they come to alone, and run less."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torchmetrics import MeanMetric
+from zoo import ZOO, MobileNetV2
+
+from autoprune.core import Task
+from autoprune.dependence import Dependence
+from autoprune.probe import randomise
+from autoprune.recover import recalibrate
+from autoprune.scores import Scored, score
+from autoprune.shared_prefix import SharedPrefix
+from autoprune.space import Space, trace
+from autoprune.traced import TracedModel
+from autoprune.units import Labels
+
+
+class Size(MeanMetric):
+    """Of the outputs, on average."""
+
+    def update(self, output: Any, target: Tensor) -> None:  # type: ignore[override]
+        super().update(size(output, target))
+
+
+def size(output: Any, target: Tensor) -> Tensor:
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.stack([leaf.square().mean() for leaf in leaves]).sum() + target.sum()
+
+
+class Together:
+    """A model, its candidates of one changed group each, and both ways of scoring them."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[tuple[Tensor, ...]], space: Space = Space()) -> None:
+        self.model = model.eval()
+        self.traced = trace(model, batches[0], space)
+        randomise(self.model, np.random.default_rng(3))
+        self.batches = [(batch, torch.zeros(2)) for batch in batches]
+        self.task = Task(
+            name="together",
+            model=self.model,
+            inputs=batches[0],
+            train=self.batches,
+            search=self.batches,
+            test=self.batches,
+            loss=size,
+            metric=Size(),
+            lr=0.1,
+        )
+        self.prefix = SharedPrefix(self.traced, self.model, self.task, self.batches, self.batches[:1])
+
+    def candidates(self) -> dict[int, list[Labels]]:
+        found = []
+        for g, group in enumerate(self.traced.space.groups):
+            for width in sorted({group.kept(group.levels[-1]), group.kept(group.levels[len(group.levels) // 2])}):
+                kept = [np.arange(other.size) for other in self.traced.space.groups]
+                kept[g] = np.sort(np.random.default_rng(g).choice(group.size, width, replace=False))
+                found.append(kept)
+        return dict(enumerate(found))
+
+    def make(self, kept: Sequence[Labels]) -> nn.Module:
+        return self.traced.cut(self.model, kept, sharing=True).eval()
+
+    def alone(self, kept: Sequence[Labels], *, recalibrated: bool) -> Scored:
+        model = self.traced.cut(self.model, kept).eval()
+        if recalibrated:
+            recalibrate(model, self.batches[:1])
+        return score(model, self.batches, self.task)
+
+    def compare(self, *, recalibrated: bool) -> int:
+        """How many were scored together, each as alone."""
+        candidates, done = self.candidates(), 0
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        for block in self.prefix.scored(candidates, self.make, recalibrated=recalibrated):
+            for number, outcome in block.items():
+                alone = self.alone(candidates[number], recalibrated=recalibrated)
+                assert outcome.scored.losses == pytest.approx(alone.losses, rel=1e-5, abs=1e-7)
+                assert outcome.scored.score == pytest.approx(alone.score, rel=1e-5, abs=1e-7)
+                done += 1
+        assert all(torch.equal(before[name], tensor) for name, tensor in self.model.state_dict().items())
+        return done
+
+
+@pytest.mark.parametrize("recalibrated", [False, True])
+@pytest.mark.parametrize("name", ZOO)
+def test_scored_together_as_alone(name: str, recalibrated: bool) -> None:
+    specimen = ZOO[name]
+    torch.manual_seed(0)
+    Together(specimen.build(), [specimen.inputs(2) for _ in range(3)]).compare(recalibrated=recalibrated)
+
+
+def images(count: int = 3, side: int = 8) -> list[tuple[Tensor, ...]]:
+    draw = torch.Generator().manual_seed(1)
+    return [(torch.randn(4, 3, side, side, generator=draw),) for _ in range(count)]
+
+
+class Counted(nn.Conv2d):
+    """Counts the examples that it sees."""
+
+    seen = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Counted.seen += len(x)
+        return super().forward(x)
+
+
+class InPlace(nn.Module):
+    """Activations that write over their inputs, one of which is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(Counted(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.second = nn.Sequential(Counted(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.act = nn.ReLU(inplace=True)
+        self.third = nn.Sequential(Counted(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.fourth = Counted(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.second(x)
+        self.act(y)  # what it returns is not read: y is
+        z = self.third(y)
+        z += y
+        return torch.as_tensor(self.head(self.fourth(z).mean((2, 3))))
+
+
+def test_what_is_written_in_place_is_right_and_the_prefix_does_not_run() -> None:
+    both = Together(InPlace(), images())
+    Counted.seen = 0
+    blocks = list(both.prefix.scored(both.candidates(), both.make, recalibrated=False))
+    count = sum(len(block) for block in blocks)
+    assert count == len(both.candidates()) == 2 * 3
+    runs = 2 * (4 + 3 + 1) + 3  # of convolutions, on each batch of four images: what differs, and once what is common
+    assert Counted.seen == 4 * (3 * runs + 3 * 4), "and each group's first candidate once in full"
+    assert both.compare(recalibrated=False) == both.compare(recalibrated=True) == count
+    assert both.prefix.saved > 3 * 0.2 * count
+
+
+def test_blocks_that_are_left_out() -> None:
+    model = MobileNetV2(classes=4, channels=3)
+    both = Together(model, images(side=16), Space(grain=("channel", "block")))
+    assert any(g.kind == "block" for g in both.traced.space.groups)
+    assert both.compare(recalibrated=True) == len(both.candidates())
+
+
+def test_what_the_recording_missed_is_found_out_and_left_alone() -> None:
+    both = Together(InPlace(), images())
+    both.prefix._dependence._calls["third"].groups = 0  # as if it depended on nothing
+    assert both.compare(recalibrated=False) == 2, "the last group alone has it before the difference"
+    assert both.compare(recalibrated=True) <= 2, "and it is remembered"
+
+
+class Fragile(InPlace):
+    """Fails while it runs with a narrow first convolution, once it is armed."""
+
+    armed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.armed and len(self.get_parameter("first.0.weight")) < 8:
+            raise MemoryError("no room")
+        return super().forward(x)
+
+
+def test_a_candidate_that_fails_does_not_take_the_others_along() -> None:
+    both = Together(Fragile(), images())
+    both.model.armed = True  # type: ignore[assignment]
+    outcomes: dict[int, Any] = {}
+    for block in both.prefix.scored(both.candidates(), both.make, recalibrated=True):
+        outcomes |= block
+    failed = set(both.candidates()) - set(outcomes)
+    narrow = {n for n, kept in both.candidates().items() if len(both.make(kept).get_parameter("first.0.weight")) < 8}
+    assert failed == narrow != set()
+    for n, outcome in outcomes.items():
+        alone = both.alone(both.candidates()[n], recalibrated=True)
+        assert outcome.scored.losses == pytest.approx(alone.losses, rel=1e-5)
+
+
+def test_candidates_that_share_nothing_are_left_alone() -> None:
+    both = Together(InPlace(), images())
+    groups = both.traced.space.groups
+    kept = {n: [np.arange(n, g.size) for g in groups] for n in (1, 2, 3)}
+    assert list(both.prefix.scored(kept, both.make, recalibrated=False)) == []
+
+
+def test_a_norm_that_runs_twice_mixes_statistics_and_is_not_shared() -> None:
+    class Twice(InPlace):
+        def forward(self, x: Tensor) -> Tensor:
+            self.second(self.first(x) + 1)
+            return super().forward(x)
+
+    both = Together(Twice(), images())
+    assert both.compare(recalibrated=False) >= 0
+    assert list(both.prefix.scored(both.candidates(), both.make, recalibrated=True)) == []
+
+
+def test_dependence_goes_where_tensors_go() -> None:
+    torch.manual_seed(0)
+    model = InPlace().eval()
+    traced: TracedModel = trace(model, images()[0])
+    found = Dependence(traced, model, images()[0])
+    (last,) = (g for g, group in enumerate(traced.space.groups) if group.name.startswith("fourth"))
+    assert found.reusable([last]) == {"first": False, "second": True, "third": True}, "act writes to what it is given"
+    assert set(found.reusable(range(len(traced.space.groups)))) == set()
+    assert found.written("second")
+    assert not found.written("fourth")
+    assert found.share(["first", "second", "third", "fourth"]) > 0.99
