@@ -15,7 +15,8 @@ test:
 	$(PYTHON) -m pytest -m "not slow"
 
 test-slow:
-	$(PYTHON) -m pytest -n 0 -m slow
+	$(PYTHON) -m pytest -m "slow and not measuring"
+	$(PYTHON) -m pytest -n 0 -m "slow and measuring"
 
 bench:
 	$(PYTHON) experiments/allocation/scale.py

@@ -21,6 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in MEASURING:
             item.add_marker(pytest.mark.xdist_group("measuring"))
+            item.add_marker(pytest.mark.measuring)
 
 
 @pytest.fixture(autouse=True)
