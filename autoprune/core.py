@@ -192,6 +192,8 @@ class Candidate:
     "short" fine-tunes briefly as well.
     glance: a measurement is to steer by and will decide nothing, so that few processes are enough.
     parent: number of an earlier trial whose recovered network this one is cut from; None for the dense network.
+    fidelity: fraction in (0, 1] of the images it is scored on, and of the batches it is healed with; those of a smaller
+    fraction are among those of a larger one.
     about: what the strategy says of it for people (a round, a target); it changes nothing about the evaluation.
     """
 
@@ -200,10 +202,12 @@ class Candidate:
     measure: bool = False
     glance: bool = False
     parent: int | None = None
+    fidelity: float = 1.0
     about: Mapping[str, float | str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_recovery(self.recovery)
+        check_rules("candidate", {"0 < fidelity <= 1": 0 < self.fidelity <= 1}, {"fidelity": self.fidelity})
 
 
 def check_recovery(recovery: str) -> None:

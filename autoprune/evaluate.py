@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -44,7 +45,7 @@ from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
-from autoprune.scores import Scored, interval, read_cached, score, subset, write_cached
+from autoprune.scores import Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
 from autoprune.shared_prefix import Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
@@ -106,7 +107,8 @@ class Evaluator:
         self.dense_model = anchored(given, self.recalibration, task.loss)
         self.anchored = self.dense_model is not given
         self._teacher = Teacher(self.dense_model, remembered=LESSONS)
-        self._dense: Scored | None = None
+        self._dense: dict[float, Scored] = {}
+        self._samples: dict[float, Sample] = {}
         self._known: dict[int, Candidate] = {}
         self._digests: dict[Candidate, str] = {}
         self._networks: Networks | None = None
@@ -163,15 +165,28 @@ class Evaluator:
         """The fraction of the forward passes of all that was evaluated that ran once for many, by FLOPs."""
         return self._prefix.saved / self.evaluations if self._prefix and self.evaluations else 0.0
 
-    def dense(self) -> Scored:
+    def dense(self, fidelity: float = 1.0) -> Scored:
         """The dense model's scores on the same images."""
-        if self._dense is None:
-            self._dense = self.scored(self.dense_model)
-        return self._dense
+        if fidelity not in self._dense:
+            self._dense[fidelity] = self.scored(self.dense_model, fidelity)
+        return self._dense[fidelity]
 
-    def scored(self, model: nn.Module) -> Scored:
-        """Any network's scores on the same images."""
-        return score(model, self.chunks, self.task)
+    def scored(self, model: nn.Module, fidelity: float = 1.0) -> Scored:
+        """Any network's scores on the same images, or the first of them."""
+        return score(model, self._sample(fidelity), self.task)
+
+    def _sample(self, fidelity: float) -> Sample:
+        """What candidates of this fidelity are scored on."""
+        if fidelity not in self._samples:
+            self._samples[fidelity] = Sample.of(self.chunks) if fidelity == 1 else self._drawn(fidelity)
+        return self._samples[fidelity]
+
+    def _drawn(self, fidelity: float) -> Sample:
+        """A fraction of the images, those that decide where the dense network's loss on each tells."""
+        losses = losses_by_image(self.dense_model, self._sample(1.0), self.task)
+        if losses is None:
+            return Sample.of(_part(self.chunks, fidelity))
+        return drawn(self.chunks, losses, round(fidelity * len(losses)), self.seed)
 
     def cut(self, ratios: Sequence[float]) -> nn.Module:
         """The network at these ratios, not recovered."""
@@ -184,7 +199,7 @@ class Evaluator:
             return self.traced.cut(self.traced.spread(self.dense_model, stored, kept), kept).eval()
         model = self._rebuilt(candidate.parent, self._source(candidate.parent), candidate.recovery, kept)
         if self._recalibrates(candidate.recovery):
-            recalibrate(model, self.recalibration)
+            recalibrate(model, _part(self.recalibration, candidate.fidelity))
         if candidate.recovery == "short":
             with seeded(self.seed):
                 finetune(
@@ -228,7 +243,7 @@ class Evaluator:
 
     def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome]]]:
         """The candidates of a batch that are scored together, by number, each with what scores it and others."""
-        alike: dict[tuple[int | None, Recovery], dict[int, Sequence[Labels]]] = defaultdict(dict)
+        alike: dict[tuple[int | None, Recovery, float], dict[int, Sequence[Labels]]] = defaultdict(dict)
         seen: set[Path | None] = set()
         for number, candidate in batch if self.scoring.shared_prefix else ():
             if candidate.recovery == "short" or candidate.measure:
@@ -237,22 +252,25 @@ class Evaluator:
                 self.traced.space.check(candidate.ratios)
                 path = self._cache_path(candidate)
                 if path is None or (path not in seen and read_cached(path) is None):
-                    alike[candidate.parent, candidate.recovery][number] = self._units(candidate.ratios)
+                    like = alike[candidate.parent, candidate.recovery, candidate.fidelity]
+                    like[number] = self._units(candidate.ratios)
                     seen.add(path)
         found: dict[int, Iterator[dict[int, Outcome]]] = {}
-        for (parent, recovery), candidates in alike.items():
-            found |= dict.fromkeys(candidates, self._scored_together(parent, recovery, candidates))
+        for (parent, recovery, fidelity), candidates in alike.items():
+            together = self._scored_together(parent, recovery, fidelity, candidates)
+            found |= dict.fromkeys(candidates, together)
         return found
 
     def _scored_together(
-        self, parent: int | None, recovery: Recovery, candidates: Mapping[int, Sequence[Labels]]
+        self, parent: int | None, recovery: Recovery, fidelity: float, candidates: Mapping[int, Sequence[Labels]]
     ) -> Iterator[dict[int, Outcome]]:
         if len(candidates) < 2:
             return
         if self._prefix is None:
-            self._prefix = SharedPrefix(self.traced, self.dense_model, self.task, self.chunks, self.recalibration)
+            self._prefix = SharedPrefix(self.traced, self.dense_model, self.task)
         make = functools.partial(self._rebuilt, parent, self._source(parent), recovery, sharing=True)
-        yield from self._prefix.scored(candidates, make, recalibrated=self._recalibrates(recovery))
+        recalibration = _part(self.recalibration, fidelity) if self._recalibrates(recovery) else []
+        yield from self._prefix.scored(candidates, make, self._sample(fidelity), recalibration)
 
     def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
         """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
@@ -315,7 +333,7 @@ class Evaluator:
             began = time.perf_counter()
             model = self.recovered(candidate)
             healing = time.perf_counter() - began
-            scored = self.scored(model)
+            scored = self.scored(model, candidate.fidelity)
             scored = replace(scored, seconds_in_forward=scored.seconds_in_forward + healing)
             write_cached(path, scored)
         expected = {name: m.predict(ratios) for name, m in self.costs.items()}
@@ -323,9 +341,11 @@ class Evaluator:
             costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
         else:
             costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
-        low, high = interval(scored.scores)
-        change = np.subtract(scored.losses, self.dense().losses)
-        change_low, change_high = interval(change)
+        sample = self._sample(candidate.fidelity)
+        low, high = sample.interval(scored.scores)
+        change = np.subtract(scored.losses, self.dense(candidate.fidelity).losses)
+        difference = float(np.average(change, weights=scored.sizes))
+        change_low, change_high = sample.interval(change)
         return Trial(
             number=number,
             candidate=candidate,
@@ -334,11 +354,11 @@ class Evaluator:
             score_high=scored.score + high,
             loss=scored.loss,
             loss_change=Measurement(
-                value=scored.loss - self.dense().loss,
+                value=difference,
                 unit="loss",
-                low=scored.loss - self.dense().loss + change_low,
-                high=scored.loss - self.dense().loss + change_high,
-                samples=sum(scored.sizes),
+                low=difference + change_low,
+                high=difference + change_high,
+                samples=sum(sum(parts) for parts in sample.parts),
                 kind="measured",
                 notes=("paired with the dense model",),
             ),
@@ -367,10 +387,16 @@ class Evaluator:
                 **{key: value for key, value in self.identity.items() if key != "task"},
                 "kept": [hashlib.sha256(units.tobytes()).hexdigest() for units in self._units(candidate.ratios)],
                 "recovery": candidate.recovery,
+                "fidelity": candidate.fidelity,
                 "parent": None if parent is None else self._digest(self._candidate(parent)),
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
+
+
+def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
+    """The first of them, at least one."""
+    return batches[: math.ceil(fidelity * len(batches) - 1e-9)]
 
 
 class _Beside:

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from autoprune.borrowing import arguments, to_device
+from autoprune.borrowing import arguments
 from autoprune.core import Task
 from autoprune.dependence import Dependence
 from autoprune.recover import averaging, norms_of, recalibrate
-from autoprune.scores import Scored, Tally
+from autoprune.scores import Sample, Scored, Tally
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
@@ -77,22 +77,18 @@ class _Member:
 
 
 class SharedPrefix:
-    """See the module's docstring. dense: the model that candidates are cut from; chunks: what they are scored on;
-    recalibration: batches for normalisation statistics.
+    """See the module's docstring. dense: the model that candidates are cut from.
 
     Raises:
         whatever the model raises on the task's inputs.
     """
 
-    def __init__(
-        self, traced: TracedModel, dense: nn.Module, task: Task, chunks: Sequence[Any], recalibration: Sequence[Any]
-    ) -> None:
-        self._task, self._chunks, self._recalibration = task, chunks, recalibration
+    def __init__(self, traced: TracedModel, dense: nn.Module, task: Task) -> None:
+        self._task = task
         self._device = next(dense.parameters()).device
         example = arguments(task.inputs, self._device)
         self._dependence = Dependence(traced, dense, example)
         self._per_example = max(len(example[0]), 1)
-        self._largest = max(len(arguments(inputs)[0]) for inputs, _ in (*chunks, *recalibration))
         norms = norms_of(dense)
         self._exact = all(self._dependence.calls(n) <= 1 for n, module in dense.named_modules() if module in norms)
         self._shown: set[int] = set()  # groups whose first candidate gave what it gives alone
@@ -103,15 +99,18 @@ class SharedPrefix:
         self,
         candidates: Mapping[int, Sequence[Labels]],
         make: Callable[[Sequence[Labels]], nn.Module],
-        *,
-        recalibrated: bool,
+        sample: Sample,
+        recalibration: Sequence[Any] = (),
     ) -> Iterator[dict[int, Outcome]]:
-        """Candidates by number, given as the units that they keep -> what they came to, block by block.
+        """Candidates by number, given as the units that they keep -> what they came to, block by block, on a sample
+        and with normalisation statistics of some batches, or as they are cut without any.
 
         Those that share too little, fail, or differ from what they give alone, are in none. make: the network that
         keeps these units, before recalibration, in evaluation mode; tensors that are not changed may be shared.
         """
-        if recalibrated and not self._exact:  # statistics of a norm that runs twice mix what differs with what does not
+        if (
+            recalibration and not self._exact
+        ):  # statistics of a norm that runs twice mix what differs with what does not
             return
         common = _common(list(candidates.values()))
         changed = {n: _changed(kept, common) for n, kept in candidates.items()}
@@ -121,13 +120,16 @@ class SharedPrefix:
         if len(reuse) < 2 or sum(saved.values()) - max(saved.values()) < WORTHWHILE * len(reuse):
             return
         network = make(common)
-        if recalibrated:
+        if recalibration:
             network = _with_own_statistics(network)
-            recalibrate(network, self._recalibration)
-        for block in self._blocks(reuse):
-            members = {n: _Member(candidates[n], changed[n], reuse[n], Tally(self._task, self._device)) for n in block}
+            recalibrate(network, recalibration)
+        largest = max(len(arguments(inputs)[0]) for inputs, _ in (*sample.batches, *recalibration))
+        for block in self._blocks(reuse, KEPT * self._per_example / largest):
+            members = {
+                n: _Member(candidates[n], changed[n], reuse[n], Tally(self._task, self._device, sample)) for n in block
+            }
             began = time.perf_counter()
-            self._block(network, list(members.values()), make, recalibrated=recalibrated)
+            self._block(network, list(members.values()), make, sample, recalibration)
             common_seconds = time.perf_counter() - began - sum(m.seconds for m in members.values())
             done: dict[int, Outcome] = {}
             for n, member in members.items():
@@ -137,14 +139,14 @@ class SharedPrefix:
             self.saved += sum(saved[n] for n in done)
             yield done
 
-    def _blocks(self, reuse: Mapping[int, Mapping[str, bool]]) -> Iterator[list[int]]:
-        """Candidates in order, so many at once as their kept outputs leave room for."""
+    def _blocks(self, reuse: Mapping[int, Mapping[str, bool]], room: float) -> Iterator[list[int]]:
+        """Candidates in order, so many at once as their kept outputs leave room for, in bytes of the task's inputs."""
         block: list[int] = []
         kept: set[str] = set()
         for n, modules in reuse.items():
             read = {name for name, is_read in modules.items() if is_read}
-            size = sum(self._dependence.bytes(name) for name in kept | read) / self._per_example * self._largest
-            if block and (size > KEPT or len(block) == BLOCK):
+            size = sum(self._dependence.bytes(name) for name in kept | read)
+            if block and (size > room or len(block) == BLOCK):
                 yield block
                 block, kept = [], set()
             block.append(n)
@@ -157,31 +159,31 @@ class SharedPrefix:
         network: nn.Module,
         members: Sequence[_Member],
         make: Callable[[Sequence[Labels]], nn.Module],
-        *,
-        recalibrated: bool,
+        sample: Sample,
+        recalibration: Sequence[Any],
     ) -> None:
         for member in members:
             with member.working():
                 member.model = make(member.kept)
-        if recalibrated:
-            self._recalibrate(network, members)
+        if recalibration:
+            self._recalibrate(network, members, recalibration)
         with torch.inference_mode():
-            for number, (inputs, target) in enumerate(self._chunks):
+            for number, (inputs, _) in enumerate(sample.batches):
                 outputs = self._outputs(network, members, inputs)
                 for member in _whole(members):
-                    self._add(member, inputs, to_device(target, self._device), outputs, first=number == 0)
+                    self._add(member, number, inputs, outputs)
 
-    def _add(self, member: _Member, inputs: Any, target: Any, outputs: Outputs, *, first: bool) -> None:
+    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs) -> None:
         assert member.model is not None
         with member.working(), handing_back(member.model, _of(outputs, member)):
-            output = member.tally.add(member.model, inputs, target)
-        if first and not member.failed and not member.changed <= self._shown:
+            output = member.tally.add(member.model, number)
+        if number == 0 and not member.failed and not member.changed <= self._shown:
             with member.working():
                 alone = member.model(*arguments(inputs, self._device))
                 known = self._shown if _alike(output, alone) else self._refuted
                 known |= member.changed
 
-    def _recalibrate(self, network: nn.Module, members: Sequence[_Member]) -> None:
+    def _recalibrate(self, network: nn.Module, members: Sequence[_Member], batches: Sequence[Any]) -> None:
         """As recover.recalibrate each alone; `network` has its statistics already."""
         training = _with_own_statistics(copy.deepcopy(network))
         with ExitStack() as modes:
@@ -190,7 +192,7 @@ class SharedPrefix:
                 with member.working():
                     modes.enter_context(averaging(_differing(member, network)))
             with torch.no_grad():
-                for inputs, _ in self._recalibration:
+                for inputs, _ in batches:
                     outputs = self._outputs(training, members, inputs)
                     for member in _whole(members):
                         assert member.model is not None

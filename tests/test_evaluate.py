@@ -12,6 +12,7 @@ import torch
 from tiny import make_task
 from torch import nn
 from torch.nn import functional as F
+from torchmetrics import MeanSquaredError
 
 from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
@@ -19,7 +20,7 @@ from autoprune.criteria import l1
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.meters.counts import Macs
 from autoprune.recover import HEALING, FineTune
-from autoprune.scores import CHUNKS, interval, stratified, subset
+from autoprune.scores import CHUNKS, Sample, drawn, interval, losses_by_image, score, stratified, subset
 from autoprune.space import Space, trace
 
 
@@ -247,3 +248,79 @@ def test_candidates_come_to_the_same_together_and_alone(tmp_path: Path) -> None:
     again = evaluator(tmp_path)
     assert all(t.cached for t in again(list(enumerate(rounds[0]))))
     assert together.identity == alone.identity
+
+
+class Column(nn.Module):
+    """A network whose answers are known: one column of its inputs."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(number), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, int(self.number)]
+
+
+def test_fewer_images_are_those_that_decide() -> None:
+    """Most images are certain, and a cut changes the others in proportion."""
+    rng = np.random.default_rng(0)
+    dense = np.exp(2 * rng.normal(size=2000))
+    cut = dense * (1 + 0.3 * rng.normal(1, 1, size=2000))
+    x = torch.from_numpy(np.stack([dense, cut], 1)).float()
+    chunks = [((part,), torch.zeros(len(part))) for part in x.split(100)]
+    task = replace(make_task(), loss=lambda output, target: output.mean(), metric=MeanSquaredError())
+
+    def increase(losses: Any, seed: int) -> float:
+        sample = drawn(chunks, losses, 200, seed)
+        return score(Column(1), sample, task).loss - score(Column(0), sample, task).loss
+
+    whole = float((cut - dense).mean())
+    losses = losses_by_image(Column(0), Sample.of(chunks), task)
+    assert losses is not None
+    np.testing.assert_allclose(losses, dense, rtol=1e-5)
+    by_loss, evenly = (np.array([increase(key, seed) for seed in range(40)]) for key in (losses, np.ones(2000)))
+    assert by_loss.mean() == pytest.approx(whole, rel=0.05)
+    assert np.std(by_loss - whole) < 0.4 * np.std(evenly - whole)
+
+
+def test_a_drawn_sample_stands_for_all_images() -> None:
+    ours = evaluator()
+    losses = losses_by_image(ours.dense_model, Sample.of(ours.chunks), ours.task)
+    assert losses is not None
+    assert losses.mean() == pytest.approx(ours.dense().loss, rel=1e-4)
+    samples = [drawn(ours.chunks, losses, 80, seed) for seed in range(40)]
+    for sample in samples:
+        assert sum(sample.weights) == pytest.approx(400)
+        assert sum(map(sum, sample.parts)) == sum(len(y) for _, y in sample.batches) == 80
+        assert len(sample.weights) == sum(map(len, sample.parts))
+    found = [score(ours.dense_model, sample, ours.task) for sample in samples]
+    assert np.mean([s.loss for s in found]) == pytest.approx(ours.dense().loss, rel=0.1)
+    assert np.mean([s.score for s in found]) == pytest.approx(ours.dense().score, abs=0.02)
+    within = [abs(s.score - ours.dense().score) <= x.interval(s.scores)[1] for s, x in zip(found, samples, strict=True)]
+    assert np.mean(within) > 0.8
+
+
+def test_a_loss_that_is_not_a_mean_over_images_takes_the_first_chunks() -> None:
+    def spread(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output, target) + output.std()
+
+    ours = evaluator(loss=spread)
+    (trial,) = ours([(0, Candidate(ratios=ours.traced.space.dense(), fidelity=0.2, recovery="none"))])
+    assert trial.error is None
+    assert trial.loss == pytest.approx(score(ours.dense_model, Sample.of(ours.chunks[:4]), ours.task).loss)
+
+
+def test_each_fidelity_has_its_own_scores_in_the_cache(tmp_path: Path) -> None:
+    dense = Candidate(ratios=evaluator().traced.space.dense(), recovery="none")
+    few, whole, again = evaluator(tmp_path)(
+        [(0, replace(dense, fidelity=0.2)), (1, dense), (2, replace(dense, fidelity=0.2))]
+    )
+    assert few.loss != whole.loss
+    assert again.cached
+    assert again.loss == few.loss
+
+
+@pytest.mark.parametrize("fidelity", [0.0, 1.5, -1.0])
+def test_a_fidelity_that_is_no_fraction_is_refused(fidelity: float) -> None:
+    with pytest.raises(InputError, match="0 < fidelity <= 1"):
+        Candidate(ratios=(0.0,), fidelity=fidelity)

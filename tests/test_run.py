@@ -128,7 +128,7 @@ def test_a_second_search_takes_its_scores_from_the_cache(tmp_path: Path) -> None
     second = searched(cache=tmp_path / "cache")
     assert first.evaluations > 0
     assert first.cache_hits == len(first.trials) - len(
-        {(t.candidate.ratios, t.candidate.recovery) for t in first.trials}
+        {(t.candidate.ratios, t.candidate.recovery, t.candidate.fidelity) for t in first.trials}
     )
     assert second.evaluations == 0
     assert second.cache_hits == len(second.trials)

@@ -11,12 +11,13 @@ import pytest
 from autoprune.allocate import evenly
 from autoprune.core import Budget, Candidate, InputError, Trial
 from autoprune.loop import search
-from autoprune.strategies.sensitivity import Sensitivity, _monotone
+from autoprune.strategies.sensitivity import Sensitivity
+from autoprune.sweep import bisected, monotone
 from autoprune.testing import World, answer
 
 
 def test_losses_are_made_monotone_and_interpolated() -> None:
-    row = _monotone({0: 0.0, 2: 0.3, 4: 0.1, 6: 1.0}, 7)
+    row = monotone({0: 0.0, 2: 0.3, 4: 0.1, 6: 1.0}, 7)
     assert row[0] == 0
     assert np.all(np.diff(row) >= -1e-12)
     assert row[2] == pytest.approx(0.2)
@@ -24,13 +25,56 @@ def test_losses_are_made_monotone_and_interpolated() -> None:
 
 
 def test_levels_beyond_a_failure_are_not_allowed() -> None:
-    row = _monotone({0: 0.0, 2: 0.1, 4: math.inf, 6: 0.2}, 7)
+    row = monotone({0: 0.0, 2: 0.1, 4: math.inf, 6: 0.2}, 7)
     assert np.isfinite(row[:3]).all()
     assert np.isinf(row[3:]).all()
 
 
 def test_an_improvement_counts_as_no_loss() -> None:
-    assert _monotone({0: 0.0, 1: -0.2, 2: 0.1}, 3)[1] == 0
+    assert monotone({0: 0.0, 1: -0.2, 2: 0.1}, 3)[1] == 0
+
+
+def curves(world: World, fails: Callable[[int, int], bool] = lambda g, level: False) -> tuple[list[Any], int]:
+    """What bisection finds of a world without interaction, and how many cells it scored."""
+    asking, asked = bisected(world.space, fidelity=0.2), 0
+    batch = next(asking)
+    while True:
+        trials = []
+        for candidate in batch:
+            assert candidate.fidelity == 0.2
+            r = np.asarray(candidate.ratios)
+            levels = [g.levels.index(x) for g, x in zip(world.space.groups, r, strict=True)]
+            error = "no" if any(fails(g, level) for g, level in enumerate(levels)) else None
+            trials.append(
+                Trial(number=0, candidate=candidate, loss=0.3 + float(world.weights @ r**world.powers), error=error)
+            )
+        asked += len(batch) - 1
+        try:
+            batch = asking.send(trials)
+        except StopIteration as end:
+            return end.value, asked
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bisection_finds_the_curves_from_fewer_cells(seed: int) -> None:
+    world = World(seed, groups=20, levels=15)
+    found, asked = curves(world)
+    exact = [
+        w * np.asarray(g.levels) ** p for w, g, p in zip(world.weights, world.space.groups, world.powers, strict=True)
+    ]
+    most = float(np.median([row[-1] for row in exact]))
+    assert asked < 0.5 * 20 * 14
+    for row, truth in zip(found, exact, strict=True):
+        assert np.all(np.diff(row) >= 0)
+        low = truth <= most
+        assert np.abs(row - truth)[low].max() < 0.1 * most
+        for tolerated in (0.05 * most, 0.2 * most, 0.7 * most):
+            assert abs(int((row <= tolerated).sum()) - int((truth <= tolerated).sum())) <= 1
+
+
+def test_bisection_finds_the_last_level_that_does_not_fail() -> None:
+    found, _ = curves(World(0, levels=15), fails=lambda g, level: (g == 3 and level > 9) or (g == 5 and level > 0))
+    assert [int(np.isfinite(row).sum()) for row in found] == [15, 15, 15, 10, 15, 1, 15, 15]
 
 
 def test_insensitive_and_impossible_groups_are_said() -> None:

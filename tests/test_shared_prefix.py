@@ -17,8 +17,8 @@ from autoprune.core import Task
 from autoprune.dependence import Dependence
 from autoprune.probe import randomise
 from autoprune.recover import recalibrate
-from autoprune.scores import Scored, score
-from autoprune.shared_prefix import SharedPrefix
+from autoprune.scores import Sample, Scored, score
+from autoprune.shared_prefix import Outcome, SharedPrefix
 from autoprune.space import Space, trace
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
@@ -55,7 +55,14 @@ class Together:
             metric=Size(),
             lr=0.1,
         )
-        self.prefix = SharedPrefix(self.traced, self.model, self.task, self.batches, self.batches[:1])
+        self.prefix = SharedPrefix(self.traced, self.model, self.task)
+
+    def together(self, *, recalibrated: bool = False) -> dict[int, Outcome]:
+        found: dict[int, Outcome] = {}
+        batches = self.batches[:1] if recalibrated else []
+        for block in self.prefix.scored(self.candidates(), self.make, Sample.of(self.batches), batches):
+            found |= block
+        return found
 
     def candidates(self) -> dict[int, list[Labels]]:
         found = []
@@ -73,20 +80,19 @@ class Together:
         model = self.traced.cut(self.model, kept).eval()
         if recalibrated:
             recalibrate(model, self.batches[:1])
-        return score(model, self.batches, self.task)
+        return score(model, Sample.of(self.batches), self.task)
 
     def compare(self, *, recalibrated: bool) -> int:
         """How many were scored together, each as alone."""
-        candidates, done = self.candidates(), 0
+        candidates = self.candidates()
         before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        for block in self.prefix.scored(candidates, self.make, recalibrated=recalibrated):
-            for number, outcome in block.items():
-                alone = self.alone(candidates[number], recalibrated=recalibrated)
-                assert outcome.scored.losses == pytest.approx(alone.losses, rel=1e-5, abs=1e-7)
-                assert outcome.scored.score == pytest.approx(alone.score, rel=1e-5, abs=1e-7)
-                done += 1
+        found = self.together(recalibrated=recalibrated)
+        for number, outcome in found.items():
+            alone = self.alone(candidates[number], recalibrated=recalibrated)
+            assert outcome.scored.losses == pytest.approx(alone.losses, rel=1e-5, abs=1e-7)
+            assert outcome.scored.score == pytest.approx(alone.score, rel=1e-5, abs=1e-7)
         assert all(torch.equal(before[name], tensor) for name, tensor in self.model.state_dict().items())
-        return done
+        return len(found)
 
 
 @pytest.mark.parametrize("recalibrated", [False, True])
@@ -136,8 +142,7 @@ class InPlace(nn.Module):
 def test_what_is_written_in_place_is_right_and_the_prefix_does_not_run() -> None:
     both = Together(InPlace(), images())
     Counted.seen = 0
-    blocks = list(both.prefix.scored(both.candidates(), both.make, recalibrated=False))
-    count = sum(len(block) for block in blocks)
+    count = len(both.together())
     assert count == len(both.candidates()) == 2 * 3
     runs = 2 * (4 + 3 + 1) + 3  # of convolutions, on each batch of four images: what differs, and once what is common
     assert Counted.seen == 4 * (3 * runs + 3 * 4), "and each group's first candidate once in full"
@@ -173,9 +178,7 @@ class Fragile(InPlace):
 def test_a_candidate_that_fails_does_not_take_the_others_along() -> None:
     both = Together(Fragile(), images())
     both.model.armed = True  # type: ignore[assignment]
-    outcomes: dict[int, Any] = {}
-    for block in both.prefix.scored(both.candidates(), both.make, recalibrated=True):
-        outcomes |= block
+    outcomes = both.together(recalibrated=True)
     failed = set(both.candidates()) - set(outcomes)
     narrow = {n for n, kept in both.candidates().items() if len(both.make(kept).get_parameter("first.0.weight")) < 8}
     assert failed == narrow != set()
@@ -188,7 +191,7 @@ def test_candidates_that_share_nothing_are_left_alone() -> None:
     both = Together(InPlace(), images())
     groups = both.traced.space.groups
     kept = {n: [np.arange(n, g.size) for g in groups] for n in (1, 2, 3)}
-    assert list(both.prefix.scored(kept, both.make, recalibrated=False)) == []
+    assert list(both.prefix.scored(kept, both.make, Sample.of(both.batches))) == []
 
 
 def test_a_norm_that_runs_twice_mixes_statistics_and_is_not_shared() -> None:
@@ -199,7 +202,7 @@ def test_a_norm_that_runs_twice_mixes_statistics_and_is_not_shared() -> None:
 
     both = Together(Twice(), images())
     assert both.compare(recalibrated=False) >= 0
-    assert list(both.prefix.scored(both.candidates(), both.make, recalibrated=True)) == []
+    assert both.together(recalibrated=True) == {}
 
 
 def test_dependence_goes_where_tensors_go() -> None:

@@ -1,8 +1,8 @@
 """Sensitivity: what each group's pruning costs in loss, then the exact choice of ratios under the budgets.
 
 Each group alone is cut at some of its levels and scored (MIT 6.5940's per-layer sweep; Han et al., NeurIPS 2015). The
-loss increase over the dense model on the same images, before any fine-tuning, is made monotone
-(isotonic regression) and interpolated to the other levels. The levels of least summed loss under every budget follow
+loss increase over the dense model on the same images, before any fine-tuning, is made monotone (isotonic regression)
+and interpolated to the other levels. The levels of least summed loss under every budget follow
 from an exact allocation (allocate.py) on the cost tables, pairs of groups included. The answer is measured; a limit
 that is missed, or kept by far, calibrates its cost model, and what leads to the answer is solved again.
 
@@ -28,9 +28,9 @@ from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
+from autoprune import sweep
 from autoprune.allocate import EVENNESS, InfeasibleError, allocate, charged, evenly, globally, within
 from autoprune.core import (
     RECOVERIES,
@@ -54,6 +54,7 @@ Kinds = Mapping[str, "Callable[[], Levels]"]  # of finalists: how each is alloca
 AIM = 0.25  # of a missed measurement's half width: so far below the limit the next answer is aimed
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
 EXCHANGES = 20  # of a round
+SWEEPS = ("bisect", "grid")
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
 
 
@@ -68,8 +69,9 @@ class Finding:
 class Sensitivity(Scripted):
     """See the module's docstring.
 
-    sweep_levels: how many levels of each group are scored, spread evenly over its range. refinements: rounds of
-    sweeping around the answer. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
+    sweep: "bisect" scores levels where a group's loss rises, at a `fidelity` of the images (sweep.bisected); "grid"
+    scores sweep_levels of each group, spread evenly, on all images. refinements: rounds of sweeping around the answer,
+    to the next of these levels. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
     squared x the groups' mean loss at the deepest level that could be scored. exchanges: rounds in which a group gives
     to another, from the best finalist, scored after their recovery; the best of a round is gone on from while it is
     better. attempts: how often the answer may be measured, calibrated and solved again. recovery: what finalists get
@@ -86,6 +88,8 @@ class Sensitivity(Scripted):
         costs: Mapping[str, CostModel],
         *,
         seed: int = 0,
+        sweep: str = "bisect",
+        fidelity: float = 0.2,
         sweep_levels: int = 6,
         refinements: int = 1,
         evenness: Sequence[float] = EVENNESS,
@@ -96,9 +100,12 @@ class Sensitivity(Scripted):
         given = {"sweep_levels": sweep_levels, "refinements": refinements, "exchanges": exchanges, "attempts": attempts}
         least = {"sweep_levels": 1, "refinements": 0, "exchanges": 0, "attempts": 1}
         check_rules("sensitivity", {f"{name} >= {n}": given[name] >= n for name, n in least.items()}, given)
+        rules = {"sweep must be bisect or grid": sweep in SWEEPS, "0 < fidelity <= 1": 0 < fidelity <= 1}
+        check_rules("sensitivity", rules, {"sweep": sweep, "fidelity": fidelity})
         _check_weights(evenness)
         check_recovery(recovery)
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
+        self.sweep, self.fidelity = sweep, fidelity
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
         self.evenness, self.exchanges = tuple(evenness), exchanges
         self._aims = {b.cost: 1.0 for b in self.budgets}  # what share of its limit an allocation may take
@@ -116,7 +123,7 @@ class Sensitivity(Scripted):
             if trial.error or not (all_met(self.budgets, trial.costs) and self._worth_another(trial)):
                 return
             self.costs = {name: cost.calibrated([trial]) for name, cost in self.costs.items()}
-        losses = self._analysed((yield self._sweep()))
+        losses = yield from self._sweep()
         try:
             kinds = yield from self._kinds(losses)
             for _ in range(self.attempts):
@@ -150,22 +157,13 @@ class Sensitivity(Scripted):
         count = min(self.sweep_levels, last)
         return sorted({round((i + 1) * last / count) for i in range(count)})
 
-    def _cells(self) -> list[tuple[int, int]]:
-        return [(g, i) for g in range(len(self.space.groups)) for i in self._swept(g)]
-
-    def _sweep(self) -> list[Candidate]:
-        """The dense model as it is, then every cell: one group at one level."""
-        dense = (0,) * len(self.space.groups)
-        cells = (self._moved(dense, g, i) for g, i in self._cells())
-        return [Candidate(ratios=self.space.ratios(dense), recovery="none"), *cells]
-
-    def _analysed(self, trials: Sequence[Trial]) -> list[Losses]:
-        """The sweep's trials -> monotone loss increases, one [L] a group."""
-        dense, *swept = trials
-        increases: list[dict[int, float]] = [{0: 0.0} for _ in self.space.groups]
-        for (g, i), trial in zip(self._cells(), swept, strict=True):
-            increases[g][i] = math.inf if trial.error else trial.loss - dense.loss
-        losses = [_monotone(row, len(g.levels)) for row, g in zip(increases, self.space.groups, strict=True)]
+    def _sweep(self) -> Generator[list[Candidate], Sequence[Trial], list[Losses]]:
+        """Monotone loss increases, one [L] a group; what they tell of the groups goes into the findings."""
+        (dense,) = yield [Candidate(ratios=self.space.dense(), recovery="none")]
+        if self.sweep == "grid":
+            losses = yield from self._grid(dense)
+        else:
+            losses = yield from sweep.bisected(self.space, fidelity=self.fidelity)
         found = []
         for group, row in zip(self.space.groups, losses, strict=True):
             if len(row) > 1 and not np.isfinite(row[1:]).any():
@@ -174,6 +172,14 @@ class Sensitivity(Scripted):
                 found.append(Finding(group.name, "insensitive"))
         self.findings = tuple(found)
         return losses
+
+    def _grid(self, dense: Trial) -> Generator[list[Candidate], Sequence[Trial], list[Losses]]:
+        cells = [(g, i) for g in range(len(self.space.groups)) for i in self._swept(g)]
+        trials = yield [self._moved((0,) * len(self.space.groups), g, i) for g, i in cells]
+        increases: list[dict[int, float]] = [{0: 0.0} for _ in self.space.groups]
+        for (g, i), trial in zip(cells, trials, strict=True):
+            increases[g][i] = math.inf if trial.error else trial.loss - dense.loss
+        return [sweep.monotone(row, len(g.levels)) for row, g in zip(increases, self.space.groups, strict=True)]
 
     def _allocated(self, losses: Sequence[Losses]) -> Levels:
         limits = [(form, b.limit * self._aims[b.cost]) for b in self.budgets for form in self.costs[b.cost].tables()]
@@ -195,17 +201,18 @@ class Sensitivity(Scripted):
         found: list[list[Losses]] = []
         if self.refinements == 0:
             return found
-        (here,) = yield [Candidate(ratios=self.space.ratios(answer))]
+        near = 1.0 if self.sweep == "grid" else self.fidelity
+        (here,) = yield [Candidate(ratios=self.space.ratios(answer), fidelity=near)]
         for _ in range(self.refinements):
             steps = self._steps(answer)
             if here.error or not steps:
                 break
-            trials = yield [self._moved(answer, g, i) for g, i in steps]
+            trials = yield [self._moved(answer, g, i, near) for g, i in steps]
             local = self._local(answer, here.loss, steps, trials)
             proposal = self._allocated(local)
             if proposal == answer:
                 break
-            (there,) = yield [Candidate(ratios=self.space.ratios(proposal))]
+            (there,) = yield [Candidate(ratios=self.space.ratios(proposal), fidelity=near)]
             if there.error or there.loss >= here.loss:
                 break
             answer, here = proposal, there
@@ -337,8 +344,8 @@ class Sensitivity(Scripted):
 
     # ------------------------------------------------------------------------------------------------- candidates
 
-    def _moved(self, levels: Sequence[int], group: int, level: int) -> Candidate:
-        return Candidate(ratios=self.space.ratios((*levels[:group], level, *levels[group + 1 :])))
+    def _moved(self, levels: Sequence[int], group: int, level: int, fidelity: float = 1.0) -> Candidate:
+        return Candidate(ratios=self.space.ratios((*levels[:group], level, *levels[group + 1 :])), fidelity=fidelity)
 
     def _measured(
         self, levels: Sequence[int], recovery: Recovery | None = None
@@ -364,20 +371,3 @@ def _check_weights(evenness: Sequence[float]) -> None:
             f"sensitivity: evenness must be a list of different finite weights >= 0, got {evenness}: "
             "strategy.evenness=[0.25], or [] for none"
         )
-
-
-def _monotone(points: Mapping[int, float], count: int) -> Losses:
-    """Loss increases at some levels [L] -> at all, rising; levels beyond the last that could be scored are infinite."""
-    known = sorted(points)
-    finite = [i for i in known if math.isfinite(points[i])]
-    broken = next((i for i in known if not math.isfinite(points[i])), count)
-    finite = [i for i in finite if i < broken]
-    row = np.full(count, math.inf)
-    rising = np.maximum(isotonic_regression([points[i] for i in finite]).x, 0.0)
-    rising[0] = 0.0
-    if len(finite) == 1:
-        row[finite[0]] = 0.0
-    else:
-        inside = np.arange(finite[-1] + 1)
-        row[inside] = PchipInterpolator(finite, rising)(inside)
-    return row

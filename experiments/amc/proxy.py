@@ -25,7 +25,7 @@ from autoprune.criteria import l1
 from autoprune.prune import choose_units
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import FineTune, finetune, recalibrate
-from autoprune.scores import score
+from autoprune.scores import Sample, score
 from autoprune.space import trace
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
@@ -48,7 +48,7 @@ def made(task: Task, file: Path, count: int) -> None:
     space = trace(task.model, task.inputs)
     importance = l1(task.model, space.slices)
     with seeded(0):
-        chunks, batches = first(task.search, 8), first(task.train, BATCHES)
+        sample, batches = Sample.of(first(task.search, 8)), first(task.train, BATCHES)
     rebuild = Reconstruction(task.model, space, batches)
     env, rng = autoprune.environment(task, budget="flops_50pct"), np.random.default_rng(0)
     for number in range(count):
@@ -65,12 +65,12 @@ def made(task: Task, file: Path, count: int) -> None:
             for step in steps:
                 recalibrate(model, batches) if step == "bn_recalibrate" else rebuild.apply(model, kept)
             values[f"{name}: s"] = round(time.time() - began, 3)
-            found = score(model, chunks, task)
+            found = score(model, sample, task)
             values |= {f"{name}: score": found.score, f"{name}: loss": found.loss}
             if name in TRAINED:
                 with seeded(0):
                     finetune(model, task.train, FineTune(epochs=1), loss=task.loss, lr=task.lr, teacher=task.model)
-                found = score(model, chunks, task)
+                found = score(model, sample, task)
                 values |= {f"epoch from {name}: score": found.score, f"epoch from {name}: loss": found.loss}
         append(file, values)
 
