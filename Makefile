@@ -21,3 +21,5 @@ test-slow:
 bench:
 	$(PYTHON) experiments/allocation/scale.py
 	$(PYTHON) experiments/tracing/speed.py
+	$(PYTHON) experiments/benchmarks/sweeps.py
+	$(PYTHON) experiments/benchmarks/searches.py
