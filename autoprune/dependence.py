@@ -3,8 +3,10 @@ network that differs from another in some groups alone.
 
 Every tensor that an operation makes depends on the groups of the tensors that it reads, a parameter on the groups that
 cut it; what is made inside a module whose attributes a group sets, or that it leaves out, depends on that group too.
-Dependence is kept by storage, so that views and writing in place are followed. What only the shape of a tensor decides
-is not seen: whoever relies on this compares outputs once (shared_prefix.py).
+Dependence is kept by storage, so that views and writing in place are followed. Where a value becomes a number of
+Python's, or decides a shape, all that comes later depends on it. A module whose inside is read from without, or that a
+hook listens to, is never reused. What only the width of a tensor decides is not seen: whoever relies on this compares
+outputs (shared_prefix.py).
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from autoprune.traced import TracedModel, tensors_of
+from autoprune.traced import TracedModel, owner, tensors_of
 
-ESCAPES = torch.ops.aten._local_scalar_dense.default  # a value becomes a number of Python's
+ESCAPES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # of operations whose values go to Python
+READS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}  # the same, past the operations
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
-    """What one module did. groups: a bit for each that its output depends on. written: whether its output was changed
-    in place later on. readers: the modules that ran, outermost first, where an operation read its output."""
+    """What one module did. groups: a bit for each that its output depends on. writes: to what was there before it.
+    opaque: whether more than tensors that it returned got out. written: whether its output was changed in place later
+    on. readers: the modules that ran, outermost first, where an operation read its output."""
 
     began: int
     calls: int = 1
@@ -49,6 +54,7 @@ class Dependence:
 
     def __init__(self, traced: TracedModel, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         watch = _Watch(_cutting(traced), model)
+        heard = {name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks}
         hooks = []
         for name, module in model.named_modules():
             if name:
@@ -57,13 +63,17 @@ class Dependence:
                     module.register_forward_hook(lambda *a, name=name: watch.leave(name, a[-1]), always_call=True)
                 )
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter, watch:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter, watch, _Reads(watch):
                 output = model(*inputs)
         finally:
             for hook in hooks:
                 hook.remove()
         watch.returned(output)
-        self._calls = watch.calls
+        self._calls, self._normed = watch.calls, watch.normed
+        for name in heard:
+            for each in (*_above(name), name):
+                if each in self._calls:
+                    self._calls[each].opaque = True
         counted = counter.get_flop_counts().items()
         self._flops = {name.partition(".")[2]: sum(each.values()) for name, each in counted if name != "Global"}
 
@@ -83,9 +93,9 @@ class Dependence:
         """Of the module's output for the inputs that were recorded."""
         return self._calls[module].bytes
 
-    def calls(self, module: str) -> int:
-        """How often the module ran."""
-        return self._calls[module].calls if module in self._calls else 0
+    def normalised(self, norm: str) -> list[tuple[str, ...]]:
+        """The modules that ran, outermost first, each time that this normalisation's statistics were used."""
+        return self._normed[norm]
 
     def share(self, modules: Collection[str]) -> float:
         """The fraction of the dense network's FLOPs that lie inside these modules, of which none is inside another."""
@@ -123,9 +133,14 @@ class _Watch(TorchDispatchMode):
         self.born: dict[int, int] = {}
         self.made_by: dict[int, list[_Call]] = defaultdict(list)  # storage -> whose output it is
         self.alive: list[Any] = []  # no storage's number is given twice
+        self.inside: dict[int, tuple[str, ...]] = {}  # storage -> the modules that made it
+        self.normed: dict[str, list[tuple[str, ...]]] = defaultdict(list)
+        self.norms: dict[int, str] = {}  # storage of a running mean -> whose it is
         for name, tensor in tensors_of(model):
             self._groups(tensor)
             self.groups[self._storage(tensor)] |= cutting.get(name, 0)
+            if name.endswith("running_mean"):
+                self.norms[self._storage(tensor)] = owner(name)
 
     def _storage(self, tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
@@ -134,7 +149,7 @@ class _Watch(TorchDispatchMode):
         key = self._storage(tensor)
         if key not in self.groups:
             self.alive.append(tensor.untyped_storage())
-            self.groups[key], self.born[key] = 0, len(self.alive)
+            self.groups[key], self.born[key], self.inside[key] = 0, len(self.alive), tuple(self.stack)
         return self.groups[key]
 
     def enter(self, name: str) -> None:
@@ -162,6 +177,21 @@ class _Watch(TorchDispatchMode):
             for call in self.made_by[self._storage(tensor)]:
                 call.readers.add(())
 
+    def escaped(self, tensor: Tensor) -> None:
+        """Its values go to Python."""
+        self.outer |= self._groups(tensor)
+        self._read(self._storage(tensor), tuple(self.stack))
+
+    def _read(self, key: int, stack: tuple[str, ...]) -> None:
+        makers = self.made_by.get(key, [])
+        for call in makers:
+            call.readers.add(stack)
+        for module in self.inside[key]:
+            if module not in stack and self.calls[module] not in makers:
+                self.calls[module].opaque = True
+        if key in self.norms:
+            self.normed[self.norms[key]].append(stack)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = _tensors((args, kwargs))
         groups, stack = self.outer, tuple(self.stack)
@@ -169,10 +199,9 @@ class _Watch(TorchDispatchMode):
             groups |= self.cutting.get(module, 0)
         for tensor in given:
             groups |= self._groups(tensor)
-            for call in self.made_by.get(self._storage(tensor), ()):
-                call.readers.add(stack)
+            self._read(self._storage(tensor), stack)
         output = func(*args, **(kwargs or {}))
-        if func is ESCAPES:
+        if not ESCAPES.isdisjoint(func.tags):
             self.outer |= groups
         for tensor in _written(func, args, kwargs or {}):
             key = self._storage(tensor)
@@ -184,6 +213,19 @@ class _Watch(TorchDispatchMode):
             self._groups(tensor)
             self.groups[self._storage(tensor)] |= groups
         return output
+
+
+class _Reads(TorchFunctionMode):
+    """Tells a watch of values that are read past the operations."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in READS:
+            self.watch.escaped(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:

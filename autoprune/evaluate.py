@@ -45,7 +45,7 @@ from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
-from autoprune.scores import Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
+from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
 from autoprune.shared_prefix import Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
@@ -172,7 +172,7 @@ class Evaluator:
         return self._dense[fidelity]
 
     def scored(self, model: nn.Module, fidelity: float = 1.0) -> Scored:
-        """Any network's scores on the same images, or the first of them."""
+        """Any network's scores on the same images."""
         return score(model, self._sample(fidelity), self.task)
 
     def _sample(self, fidelity: float) -> Sample:
@@ -186,6 +186,8 @@ class Evaluator:
         losses = losses_by_image(self.dense_model, self._sample(1.0), self.task)
         if losses is None:
             return Sample.of(_part(self.chunks, fidelity))
+        if len(losses) < 2 * STRATUM:
+            return self._sample(1.0)
         return drawn(self.chunks, losses, round(fidelity * len(losses)), self.seed)
 
     def cut(self, ratios: Sequence[float]) -> nn.Module:
@@ -241,7 +243,7 @@ class Evaluator:
             self._reconstruct(model, kept, source, parent)
         return model
 
-    def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome]]]:
+    def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome | None]]]:
         """The candidates of a batch that are scored together, by number, each with what scores it and others."""
         alike: dict[tuple[int | None, Recovery, float], dict[int, Sequence[Labels]]] = defaultdict(dict)
         seen: set[Path | None] = set()
@@ -255,7 +257,7 @@ class Evaluator:
                     like = alike[candidate.parent, candidate.recovery, candidate.fidelity]
                     like[number] = self._units(candidate.ratios)
                     seen.add(path)
-        found: dict[int, Iterator[dict[int, Outcome]]] = {}
+        found: dict[int, Iterator[dict[int, Outcome | None]]] = {}
         for (parent, recovery, fidelity), candidates in alike.items():
             together = self._scored_together(parent, recovery, fidelity, candidates)
             found |= dict.fromkeys(candidates, together)
@@ -263,7 +265,7 @@ class Evaluator:
 
     def _scored_together(
         self, parent: int | None, recovery: Recovery, fidelity: float, candidates: Mapping[int, Sequence[Labels]]
-    ) -> Iterator[dict[int, Outcome]]:
+    ) -> Iterator[dict[int, Outcome | None]]:
         if len(candidates) < 2:
             return
         if self._prefix is None:
@@ -402,9 +404,11 @@ def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
 class _Beside:
     """Outcomes of candidates that are scored together, made block by block when the first of a block is asked for."""
 
-    def __init__(self, blocks: Mapping[int, Iterator[dict[int, Outcome]]], keep: Callable[[int, Scored], None]) -> None:
+    def __init__(
+        self, blocks: Mapping[int, Iterator[dict[int, Outcome | None]]], keep: Callable[[int, Scored], None]
+    ) -> None:
         self._blocks, self._keep = blocks, keep
-        self._done: dict[int, Outcome] = {}
+        self._done: dict[int, Outcome | None] = {}
 
     def of(self, number: int) -> Outcome | None:
         """None for a candidate that is to be evaluated alone."""
@@ -417,7 +421,8 @@ class _Beside:
             if block is None:
                 return None
             for n, outcome in block.items():
-                self._keep(n, outcome.scored)
+                if outcome is not None:
+                    self._keep(n, outcome.scored)
             self._done |= block
         return self._done.pop(number, None)
 

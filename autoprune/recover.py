@@ -231,7 +231,7 @@ def _following(model: nn.Module, steps: int) -> Iterator[None]:
     """Within, normalisation statistics keep up with weights that are trained for so many steps."""
     momenta = [(norm, norm.momentum) for norm in norms_of(model)]
     for norm, momentum in momenta:  # None: an average over all that was ever seen
-        norm.momentum = max(momentum or 0.0, min(0.1, 10 / steps))
+        norm.momentum = momentum if momentum == 0 else max(momentum or 0.0, min(0.1, 10 / steps))
     try:
         yield
     finally:

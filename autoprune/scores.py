@@ -73,8 +73,8 @@ class Sample:
         if not self.halves:
             return interval(values)
         shares = np.asarray(self.weights) / sum(self.weights)
-        halves = (shares * np.asarray(values)).reshape(-1, 2)
-        deviation = math.sqrt(float(((halves[:, 0] - halves[:, 1]) ** 2).sum()))
+        strata, halves = shares.reshape(-1, 2).sum(1), np.asarray(values).reshape(-1, 2)
+        deviation = math.sqrt(float(((strata * (halves[:, 0] - halves[:, 1]) / 2) ** 2).sum()))
         half = float(student.ppf(0.975, len(halves))) * deviation
         return -half, half
 
@@ -122,7 +122,7 @@ class Tally:
         if not all(math.isfinite(value) for value in self._losses):
             raise FloatingPointError("the loss on the search split is not finite")
         total = self._sign * float(self._metric.compute())
-        if self._sample.halves:
+        if self._sample.halves and all(math.isfinite(value) for value in self._scores):
             total = float(np.average(self._scores, weights=self._sample.weights))
         if not math.isfinite(total):
             raise FloatingPointError("the metric on the search split is not finite")
@@ -170,7 +170,8 @@ def losses_by_image(model: nn.Module, sample: Sample, task: Task) -> NDArray[np.
 
 
 def drawn(chunks: Sequence[Any], losses: NDArray[np.float64], images: int, seed: int) -> Sample:
-    """`images` of some chunks, drawn in strata of equal sums of the dense network's loss by image [N]."""
+    """Some `images` of chunks that hold 2 x STRATUM at least, in multiples of STRATUM, drawn in strata of equal sums of
+    the dense network's loss by image [N]."""
     key = np.maximum(losses, 0) + EVEN * np.abs(losses).mean() + 1e-12
     strata = _strata(key, max(images // STRATUM, 1))
     rng = np.random.default_rng(seed)

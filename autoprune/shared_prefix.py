@@ -6,8 +6,8 @@ the same batch, and every module whose output does not depend on the groups in w
 hands back what was kept. So it goes for whatever runs, residual or concatenating, and gives what the candidate gives
 alone. Recalibration is shared alike: normalisations before the difference have the statistics of the common network.
 
-What a recorded pass cannot tell, a candidate shows: on the first chunk the first of each group runs in full as well,
-and where the outputs differ the candidates of this group are left to be evaluated alone.
+What a recorded pass cannot tell, a candidate shows: on the first batch and the last, the first of those that reuse the
+same modules runs in full as well, and where the outputs differ all of these are left to be evaluated alone.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from autoprune.core import Task
 from autoprune.dependence import Dependence
 from autoprune.recover import averaging, norms_of, recalibrate
 from autoprune.scores import Sample, Scored, Tally
-from autoprune.traced import TracedModel
+from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
 BLOCK = 64  # candidates that are evaluated together at most, which is what a crash can lose
-KEPT = 2**30  # bytes of outputs that are kept at once
+KEPT = 2**30  # bytes of outputs and of networks that are kept at once
 WORTHWHILE = 0.1  # of a batch's MACs that must be saved
 TOLERANCE = 1e-5  # of the largest output
 
@@ -58,12 +58,12 @@ class _Member:
     """One candidate of a block."""
 
     kept: Sequence[Labels]
-    changed: frozenset[int]
     reuse: Mapping[str, bool]
     tally: Tally
     model: nn.Module | None = None
     seconds: float = 0.0
     failed: bool = False
+    witness: bool = False  # compared with itself alone
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -90,9 +90,12 @@ class SharedPrefix:
         self._dependence = Dependence(traced, dense, example)
         self._per_example = max(len(example[0]), 1)
         norms = norms_of(dense)
-        self._exact = all(self._dependence.calls(n) <= 1 for n, module in dense.named_modules() if module in norms)
-        self._shown: set[int] = set()  # groups whose first candidate gave what it gives alone
-        self._refuted: set[int] = set()  # those whose first did not
+        names = [name for name, module in dense.named_modules() if module in norms]
+        self._exact = all(len(self._dependence.normalised(name)) <= 1 for name in names)
+        self._traced = traced
+        self._bytes = {name: tensor.nbytes for name, tensor in tensors_of(dense)}
+        self._shown: set[frozenset[str]] = set()  # modules that were reused, and the outputs were right
+        self._refuted: set[frozenset[str]] = set()  # and they were not
         self.saved = 0.0  # dense networks' FLOPs that were not computed again
 
     def scored(
@@ -101,20 +104,20 @@ class SharedPrefix:
         make: Callable[[Sequence[Labels]], nn.Module],
         sample: Sample,
         recalibration: Sequence[Any] = (),
-    ) -> Iterator[dict[int, Outcome]]:
+    ) -> Iterator[dict[int, Outcome | None]]:
         """Candidates by number, given as the units that they keep -> what they came to, block by block, on a sample
         and with normalisation statistics of some batches, or as they are cut without any.
 
-        Those that share too little, fail, or differ from what they give alone, are in none. make: the network that
-        keeps these units, before recalibration, in evaluation mode; tensors that are not changed may be shared.
+        None for those that fail, or differ from what they give alone; those that share too little are in no block.
+        make: the network that keeps these units, before recalibration, in evaluation mode; parameters that are not
+        changed may be shared.
         """
-        if (
-            recalibration and not self._exact
-        ):  # statistics of a norm that runs twice mix what differs with what does not
+        if recalibration and not self._exact:  # a norm that runs twice mixes what differs with what does not
             return
         common = _common(list(candidates.values()))
-        changed = {n: _changed(kept, common) for n, kept in candidates.items()}
-        reuse = {n: self._dependence.reusable(groups) for n, groups in changed.items() if not groups & self._refuted}
+        out = tuple(f"{block}." for block in self._traced.left_out(common))
+        reuse = {n: self._reusable(_changed(kept, common), kept, out) for n, kept in candidates.items()}
+        reuse = {n: modules for n, modules in reuse.items() if frozenset(modules) not in self._refuted}
         saved = {n: self._dependence.share(modules) for n, modules in reuse.items()}
         # the common network runs as far as any candidate reuses it
         if len(reuse) < 2 or sum(saved.values()) - max(saved.values()) < WORTHWHILE * len(reuse):
@@ -124,33 +127,50 @@ class SharedPrefix:
             network = _with_own_statistics(network)
             recalibrate(network, recalibration)
         largest = max(len(arguments(inputs)[0]) for inputs, _ in (*sample.batches, *recalibration))
-        for block in self._blocks(reuse, KEPT * self._per_example / largest):
-            members = {
-                n: _Member(candidates[n], changed[n], reuse[n], Tally(self._task, self._device, sample)) for n in block
-            }
+        own = {n: self._own_bytes(candidates[n]) for n in reuse}
+        for block in self._blocks(reuse, own, largest / self._per_example):
+            tallies = {n: Tally(self._task, self._device, sample) for n in block}
+            members = {n: _Member(candidates[n], reuse[n], tallies[n]) for n in block}
             began = time.perf_counter()
             self._block(network, list(members.values()), make, sample, recalibration)
             common_seconds = time.perf_counter() - began - sum(m.seconds for m in members.values())
-            done: dict[int, Outcome] = {}
+            done: dict[int, Outcome | None] = dict.fromkeys(block)
             for n, member in members.items():
-                if not (member.failed or member.changed & self._refuted):
+                if not (member.failed or frozenset(member.reuse) in self._refuted):
                     with suppress(FloatingPointError):
                         done[n] = Outcome(member.tally.scored(), member.seconds + common_seconds / len(block))
-            self.saved += sum(saved[n] for n in done)
+            self.saved += max(sum(saved[n] for n in block if done[n]) - max(saved[n] for n in block), 0.0)
             yield done
 
-    def _blocks(self, reuse: Mapping[int, Mapping[str, bool]], room: float) -> Iterator[list[int]]:
-        """Candidates in order, so many at once as their kept outputs leave room for, in bytes of the task's inputs."""
+    def _reusable(self, changed: frozenset[int], kept: Sequence[Labels], out: tuple[str, ...]) -> dict[str, bool]:
+        """As of Dependence, but for what is inside of blocks that the common network, or this one, leaves out."""
+        gone = (*out, *(f"{block}." for block in self._traced.left_out(kept)))
+        return {n: read for n, read in self._dependence.reusable(changed).items() if not n.startswith(gone)}
+
+    def _own_bytes(self, kept: Sequence[Labels]) -> int:
+        """Of a candidate's network, what it does not share with others at most; a mask is as large as what it masks."""
+        each = sum(self._bytes[name] for name in self._traced.removed(kept))
+        return each if self._traced.narrows else 2 * each
+
+    def _blocks(
+        self, reuse: Mapping[int, Mapping[str, bool]], own: Mapping[int, int], batch: float
+    ) -> Iterator[list[int]]:
+        """Candidates in order, so many at once as KEPT leaves room for; batch: how many of the task's inputs the
+        largest batch is."""
         block: list[int] = []
         kept: set[str] = set()
+        networks = 0
         for n, modules in reuse.items():
+            if frozenset(modules) in self._refuted:  # since
+                continue
             read = {name for name, is_read in modules.items() if is_read}
-            size = sum(self._dependence.bytes(name) for name in kept | read)
-            if block and (size > room or len(block) == BLOCK):
+            outputs = batch * sum(self._dependence.bytes(name) for name in kept | read)
+            if block and (outputs + networks + own[n] > KEPT or len(block) == BLOCK):
                 yield block
-                block, kept = [], set()
+                block, kept, networks = [], set(), 0
             block.append(n)
             kept |= read
+            networks += own[n]
         if block:
             yield block
 
@@ -171,17 +191,20 @@ class SharedPrefix:
             for number, (inputs, _) in enumerate(sample.batches):
                 outputs = self._outputs(network, members, inputs)
                 for member in _whole(members):
-                    self._add(member, number, inputs, outputs)
+                    self._add(member, number, inputs, outputs, last=number == len(sample.batches) - 1)
+                outputs.clear()
 
-    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs) -> None:
+    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs, *, last: bool) -> None:
         assert member.model is not None
         with member.working(), handing_back(member.model, _of(outputs, member)):
             output = member.tally.add(member.model, number)
-        if number == 0 and not member.failed and not member.changed <= self._shown:
+        reused = frozenset(member.reuse)
+        if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
+            member.witness = True
+        if member.witness and (number == 0 or last) and not member.failed:
             with member.working():
-                alone = member.model(*arguments(inputs, self._device))
-                known = self._shown if _alike(output, alone) else self._refuted
-                known |= member.changed
+                alike = _alike(output, member.model(*arguments(inputs, self._device)))
+                (self._shown if alike else self._refuted).add(reused)
 
     def _recalibrate(self, network: nn.Module, members: Sequence[_Member], batches: Sequence[Any]) -> None:
         """As recover.recalibrate each alone; `network` has its statistics already."""
@@ -190,7 +213,7 @@ class SharedPrefix:
             modes.enter_context(averaging(norms_of(training)))
             for member in members:
                 with member.working():
-                    modes.enter_context(averaging(_differing(member, network)))
+                    modes.enter_context(averaging(self._differing(member, network)))
             with torch.no_grad():
                 for inputs, _ in batches:
                     outputs = self._outputs(training, members, inputs)
@@ -198,6 +221,23 @@ class SharedPrefix:
                         assert member.model is not None
                         with member.working(), handing_back(member.model, _of(outputs, member)):
                             member.model(*arguments(inputs, self._device))
+                    outputs.clear()
+
+    def _differing(self, member: _Member, network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+        """The normalisations of a candidate that run, with statistics of their own; those that do not get the common
+        network's."""
+        assert member.model is not None
+        norms, differing = set(norms_of(member.model)), []
+        for name, module in member.model.named_modules():
+            if module not in norms:
+                continue
+            if any(not member.reuse.keys().isdisjoint(inside) for inside in self._dependence.normalised(name)):
+                for buffer, values in network.get_submodule(name).named_buffers(recurse=False):
+                    setattr(module, buffer, values)
+            else:
+                _own(module)
+                differing.append(module)
+        return differing
 
     def _outputs(self, network: nn.Module, members: Sequence[_Member], inputs: Any) -> Outputs:
         """What the modules that members reuse give in the common network."""
@@ -293,23 +333,6 @@ def _own(norm: nn.Module) -> None:
         setattr(norm, name, buffer.clone())
 
 
-def _differing(member: _Member, network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-    """The normalisations of a candidate that run, with statistics of their own; those that do not get the common
-    network's."""
-    assert member.model is not None
-    norms, differing = set(norms_of(member.model)), []
-    for name, module in member.model.named_modules():
-        if module not in norms:
-            continue
-        if any(name == reused or name.startswith(f"{reused}.") for reused in member.reuse):
-            for buffer, values in network.get_submodule(name).named_buffers(recurse=False):
-                setattr(module, buffer, values)
-        else:
-            _own(module)
-            differing.append(module)
-    return differing
-
-
 def _alike(ours: Any, alone: Any) -> bool:
     pairs = list(zip(tree_leaves(ours), tree_leaves(alone), strict=True))
     return all(_close(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
@@ -319,4 +342,4 @@ def _close(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or not a.is_floating_point():
         return a.shape == b.shape and torch.equal(a, b)
     scale = float(b.abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * max(scale, 1.0), equal_nan=True)
+    return torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)

@@ -37,19 +37,22 @@ def bisected(
     """
     increases: list[dict[int, float]] = [{0: 0.0} for _ in space.groups]
     asked = [(g, len(group.levels) - 1) for g, group in enumerate(space.groups) if len(group.levels) > 1]
+    reference = math.nan
     while asked:
         candidates = [Candidate(ratios=space.ratios(alone(space, cell)), fidelity=fidelity) for cell in asked]
         dense, *trials = yield [Candidate(ratios=space.dense(), fidelity=fidelity), *candidates]
+        reference = reference if dense.error else dense.loss
         for (g, level), trial in zip(asked, trials, strict=True):
-            increases[g][level] = math.inf if trial.error else max(trial.loss - dense.loss, 0.0)
+            increases[g][level] = math.inf if trial.error else max(trial.loss - reference, 0.0)
         most = _scale(increases)
         asked = [(g, middle) for g, known in enumerate(increases) for middle in _between(known, most)]
     return [monotone(known, len(group.levels)) for known, group in zip(increases, space.groups, strict=True)]
 
 
 def _scale(increases: Sequence[Mapping[int, float]]) -> float:
-    """What the groups lose at the deepest level that could be scored, in the median."""
-    return median(max(v for v in known.values() if math.isfinite(v)) for known in increases)
+    """What the groups lose at the deepest level that could be scored, in the median of those that lose anything."""
+    deepest = [max(value for value in known.values() if math.isfinite(value)) for known in increases]
+    return median([value for value in deepest if value > 0] or [0.0])
 
 
 def _between(known: Mapping[int, float], most: float) -> list[int]:

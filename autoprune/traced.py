@@ -68,14 +68,15 @@ class TracedModel:
         """A smaller copy of the model that keeps these units: kept[g] holds ascending unit numbers of group g.
 
         Only what is kept is copied. The model's structure is copied with its tensors replaced, so nothing is shared
-        but, with `sharing`, the tensors that lose nothing.
+        but, with `sharing`, the parameters that lose nothing.
         """
         removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
             data = tensor.detach()
             for dim, gone in removed.get(name, {}).items():
                 data = data.index_select(dim, _others(gone, data.shape[dim]).to(data.device))
-            tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not sharing else data
+            shared = sharing and isinstance(tensor, nn.Parameter)
+            tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not shared else data
         smaller = with_tensors(model, tensors)
         self._set_sizes(smaller, [len(units) for units in kept])
         for block in self.left_out(kept):

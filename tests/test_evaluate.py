@@ -13,6 +13,7 @@ from tiny import make_task
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
+from torchmetrics.classification import MulticlassCohenKappa
 
 from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
@@ -324,3 +325,41 @@ def test_each_fidelity_has_its_own_scores_in_the_cache(tmp_path: Path) -> None:
 def test_a_fidelity_that_is_no_fraction_is_refused(fidelity: float) -> None:
     with pytest.raises(InputError, match="0 < fidelity <= 1"):
         Candidate(ratios=(0.0,), fidelity=fidelity)
+
+
+def test_a_constant_has_no_interval_and_few_images_are_all_taken() -> None:
+    sample = drawn(evaluator().chunks, np.ones(400), 80, 0)
+    assert sample.interval([1.0] * len(sample.weights)) == pytest.approx((0.0, 0.0))
+    ours = evaluator()
+    ours.chunks = ours.chunks[:1]
+    trials = list(ours([(0, replace(half("none"), fidelity=f)) for f in (0.2, 1.0)]))
+    assert trials[0].loss == trials[1].loss
+
+
+def test_a_metric_that_some_parts_have_no_value_of_is_that_of_all_images() -> None:
+    kappa = MulticlassCohenKappa(10)
+    ours = evaluator(metric=kappa)
+    (trial,) = ours([(0, Candidate(ratios=ours.traced.space.dense(), fidelity=0.2, recovery="none"))])
+    assert trial.error is None
+    assert math.isfinite(trial.score)
+
+
+def test_a_failure_does_not_run_the_blocks_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoprune.shared_prefix.BLOCK", 2)
+    ours = evaluator()
+    plain, made = Evaluator._rebuilt, []
+
+    def fragile(self: Evaluator, *args: Any, **how: Any) -> Any:
+        *_, kept = args
+        made.append(how)
+        if len(kept[0]) < 0.6 * self.traced.space.groups[0].size:
+            raise MemoryError("no room")
+        return plain(self, *args, **how)
+
+    monkeypatch.setattr(Evaluator, "_rebuilt", fragile)
+    groups = ours.traced.space.groups
+    cuts = [tuple(g.levels[-1] if i == k else 0.0 for i, g in enumerate(groups)) for k in range(len(groups))]
+    trials = ours([(n, Candidate(ratios=ratios)) for n, ratios in enumerate(cuts)])
+    assert next(trials).error == "MemoryError: no room"
+    assert len(made) == 1 + 2 + 1, "the common network, the first block, and the one that failed again"
+    assert [t.error for t in trials] == [None] * (len(cuts) - 1)

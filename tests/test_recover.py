@@ -102,7 +102,8 @@ def test_fine_tuning_lowers_the_loss_and_counts_its_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("momentum", "steps", "used"), [(0.01, 20, 0.1), (0.01, 400, 0.025), (0.3, 20, 0.3), (None, 20, 0.1)]
+    ("momentum", "steps", "used"),
+    [(0.01, 20, 0.1), (0.01, 400, 0.025), (0.3, 20, 0.3), (None, 20, 0.1), (0.0, 20, 0.0)],
 )
 def test_running_statistics_keep_up_with_a_short_fine_tune(momentum: float | None, steps: int, used: float) -> None:
     norm = nn.BatchNorm1d(3, momentum=momentum)

@@ -77,6 +77,15 @@ def test_bisection_finds_the_last_level_that_does_not_fail() -> None:
     assert [int(np.isfinite(row).sum()) for row in found] == [15, 15, 15, 10, 15, 1, 15, 15]
 
 
+def test_groups_that_lose_nothing_or_have_no_level_tell_nothing_of_the_others() -> None:
+    world = World(0, levels=15)
+    world.weights[:] = 0.0
+    world.weights[2] = 3.0
+    found, _ = curves(world, fails=lambda g, level: g in (0, 1, 3) and level > 0)
+    truth = 3.0 * np.asarray(world.space.groups[2].levels) ** world.powers[2]
+    assert np.abs(found[2] - truth).max() < 0.1
+
+
 def test_insensitive_and_impossible_groups_are_said() -> None:
     world = World(1)
     world.weights[2] = 0.0
