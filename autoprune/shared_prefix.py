@@ -6,8 +6,8 @@ the same batch, and every module whose output does not depend on the groups in w
 hands back what was kept. So it goes for whatever runs, residual or concatenating, and gives what the candidate gives
 alone. Recalibration is shared alike: normalisations before the difference have the statistics of the common network.
 
-What a recorded pass cannot tell, a candidate shows: on the first batch and the last, the first of those that reuse the
-same modules runs in full as well, and where the outputs differ all of these are left to be evaluated alone.
+What a recorded pass cannot tell, a candidate shows: on the first batch, the first of those that reuse the same modules
+runs in full as well, and where the outputs differ all of these are left to be evaluated alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class _Member:
     model: nn.Module | None = None
     seconds: float = 0.0
     failed: bool = False
-    witness: bool = False  # compared with itself alone
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -191,17 +190,15 @@ class SharedPrefix:
             for number, (inputs, _) in enumerate(sample.batches):
                 outputs = self._outputs(network, members, inputs)
                 for member in _whole(members):
-                    self._add(member, number, inputs, outputs, last=number == len(sample.batches) - 1)
+                    self._add(member, number, inputs, outputs)
                 outputs.clear()
 
-    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs, *, last: bool) -> None:
+    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs) -> None:
         assert member.model is not None
         with member.working(), handing_back(member.model, _of(outputs, member)):
             output = member.tally.add(member.model, number)
         reused = frozenset(member.reuse)
         if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
-            member.witness = True
-        if member.witness and (number == 0 or last) and not member.failed:
             with member.working():
                 alike = _alike(output, member.model(*arguments(inputs, self._device)))
                 (self._shown if alike else self._refuted).add(reused)

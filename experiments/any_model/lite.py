@@ -19,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from autoprune.core import InputError, Task
 
 SIDE = 96
+STEADY = {"dropout_rate": 0.0, "drop_connect_rate": 0.0}  # a fine-tune of a few hundred steps is no place for them
 TRAINING, SEARCH, TEST = 10_000, 1000, 3000
 
 
@@ -58,7 +59,7 @@ def pretrained() -> nn.Module:
         )
     from efficientnet_lite_pytorch import EfficientNet
 
-    model: nn.Module = EfficientNet.from_name("efficientnet-lite0")
+    model: nn.Module = EfficientNet.from_name("efficientnet-lite0", **STEADY)
     (path,) = (Path(spec.origin).parent / "models").glob("*.pth")
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()
@@ -93,6 +94,6 @@ def make_task(data: str = "cifar10.npz") -> Task:
         test=Enlarged(test, called(model, test, "test"), size=100, shuffled=False),
         loss=F.cross_entropy,
         metric=MulticlassAccuracy(1000, average="micro"),
-        lr=0.02,
+        lr=0.004,
         notes=("agreement with the dense network on CIFAR-10 at 96 px, not ImageNet accuracy",),
     )

@@ -19,7 +19,7 @@ for task in ${*:-lstm detector lite minilm}; do
     case $task in
         lstm) search lstm finetune.epochs=1 ;;
         detector) search detector evaluator.images=128 strategy.sweep_levels=3 finetune.epochs=4 ;;
-        lite) search lite "task.data=$cifar10" evaluator.images=200 strategy.sweep_levels=2 strategy.refinements=0 evaluator.short.epochs=0.1 finetune.epochs=3 finetune.lr_fraction=0.25 ;;
+        lite) search lite "task.data=$cifar10" criterion=taylor evaluator.images=400 evaluator.recalibration=8 evaluator.short.epochs=0.1 evaluator.short.lr_fraction=0.25 finetune.epochs=3 finetune.lr_fraction=0.75 ;;
         minilm) search minilm evaluator.images=200 strategy.sweep_levels=4 evaluator.short.epochs=0.05 finetune.epochs=0.5 ;;
     esac
 done
