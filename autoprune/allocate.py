@@ -23,6 +23,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import coo_array, vstack
 
+from autoprune.borrowing import silent
 from autoprune.core import CostForm, PruningSpace
 from autoprune.units import Labels
 
@@ -196,13 +197,14 @@ class _Program:
     def solve(self, seconds: float, gap: float) -> Allocation:
         integrality = np.zeros(self.count)
         integrality[: self.starts[-1]] = 1
-        found = milp(
-            self.objective,
-            constraints=[*self.equalities, *self.inequalities],
-            integrality=integrality,
-            bounds=Bounds(0, self.upper),
-            options={"time_limit": max(seconds, 1.0), "mip_rel_gap": gap},
-        )
+        with silent():
+            found = milp(
+                self.objective,
+                constraints=[*self.equalities, *self.inequalities],
+                integrality=integrality,
+                bounds=Bounds(0, self.upper),
+                options={"time_limit": max(seconds, 1.0), "mip_rel_gap": gap},
+            )
         if found.x is None:
             raise InfeasibleError
         levels = tuple(int(levels[np.argmax(x)]) for levels, x in zip(self.choices, self._split(found.x), strict=True))

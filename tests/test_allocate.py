@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import sys
 import time
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from autoprune.allocate import InfeasibleError, allocate, cost_of
+from autoprune.borrowing import silent
 from autoprune.core import CostForm
 
 Floats = NDArray[np.float64]
@@ -104,3 +107,15 @@ def test_no_level_allowed_is_infeasible() -> None:
         allocate([np.array([np.inf, np.inf])], [(form, 1.0)])
     with pytest.raises(InfeasibleError):
         allocate([np.array([0.0, 1.0])], [(form, -1.0)])
+
+
+def test_what_a_library_prints_past_python_is_not_seen(capfd: pytest.CaptureFixture[str]) -> None:
+    """As HiGHS does, of some solutions: what reads our output would stumble over it."""
+    library = ctypes.CDLL(None)
+    sys.stdout.write("before\n")
+    with silent():
+        library.puts(b"inside")
+    library.puts(b"after")
+    library.fflush(None)
+    sys.stdout.write("and then\n")
+    assert capfd.readouterr().out.splitlines() == ["before", "after", "and then"]
