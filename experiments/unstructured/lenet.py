@@ -1,7 +1,9 @@
-"""Small networks on Fashion-MNIST whose single weights are pruned: LeNet, and an auto-encoder judged by its error."""
+"""Small networks whose single weights are pruned: LeNet on Fashion-MNIST and on CIFAR-10, and an auto-encoder that is
+judged by its error."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ LIKE: dict[str, Any] = {"mean": [0.0], "std": [1.0]}
 
 
 class LeNet(nn.Module):
-    """LeCun et al., 1998, as PyTorch's pruning tutorial has it, for 28 px."""
+    """LeCun et al., 1998, as PyTorch's pruning tutorial has it, for 28 px in grey or 32 in colour."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(6, 16, 5)
+        self.conv1, self.conv2 = nn.Conv2d(channels, 6, 5, padding=2 if channels == 1 else 0), nn.Conv2d(6, 16, 5)
         self.fc1, self.fc2, self.fc3 = nn.Linear(400, 120), nn.Linear(120, 84), nn.Linear(84, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +61,19 @@ class Itself:
         return ((x, x.flatten(1)) for x, _ in self.batches)
 
 
-def splits() -> tuple[ImageBatches, ImageBatches, ImageBatches]:
+def cifar10() -> tuple[ImageBatches, ImageBatches, ImageBatches]:
+    """From the archive that AUTOPRUNE_CIFAR10 names; its last 5000 training images are for the search."""
+    with np.load(os.environ.get("AUTOPRUNE_CIFAR10", "cifar10.npz"), allow_pickle=False) as archive:
+        x, y, test = archive["x_train"], archive["y_train"], (archive["x_test"], archive["y_test"])
+    like: dict[str, Any] = {"mean": [0.491, 0.482, 0.447], "std": [0.247, 0.243, 0.262]}
+    return (
+        ImageBatches(x[:-5000], y[:-5000], batch_size=64, shift=2, **like),
+        ImageBatches(x[-5000:], y[-5000:], batch_size=500, **like),
+        ImageBatches(*test, batch_size=500, **like),
+    )
+
+
+def fashion_mnist() -> tuple[ImageBatches, ImageBatches, ImageBatches]:
     with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as archive:
         arrays = dict(archive)
     held = np.isin(arrays["train_indices"], provenance("fashion_mnist_resnet20")["search_indices"])
@@ -72,20 +86,21 @@ def splits() -> tuple[ImageBatches, ImageBatches, ImageBatches]:
 
 
 def make_task(network: str = "lenet", seed: int = 0) -> Task:
-    """network: "lenet" or "auto_encoder"; seed: of its training, which is done once."""
-    train, search, test = splits()
+    """network: "lenet", "lenet_cifar10" or "auto_encoder"; seed: of its training, which is done once."""
+    train, search, test = cifar10() if network == "lenet_cifar10" else fashion_mnist()
+    classifies = network != "auto_encoder"
     torch.manual_seed(seed)
-    model: nn.Module = LeNet() if network == "lenet" else AutoEncoder()
-    metric: Metric = MulticlassAccuracy(10, average="micro") if network == "lenet" else MeanSquaredError()
-    lr, epochs = (0.1, 12) if network == "lenet" else (1.0, 12)
+    model: nn.Module = LeNet(search.images.shape[-1]) if classifies else AutoEncoder()
+    metric: Metric = MulticlassAccuracy(10, average="micro") if classifies else MeanSquaredError()
+    lr, epochs = {"lenet": (0.1, 12), "lenet_cifar10": (0.05, 20), "auto_encoder": (1.0, 12)}[network]
     task = Task(
         name=f"{network}_{seed}",
         model=model,
         inputs=(search.normalised(search.images[:1]),),
-        train=train if network == "lenet" else Itself(train),
-        search=search if network == "lenet" else Itself(search),
-        test=test if network == "lenet" else Itself(test),
-        loss=F.cross_entropy if network == "lenet" else F.mse_loss,
+        train=train if classifies else Itself(train),
+        search=search if classifies else Itself(search),
+        test=test if classifies else Itself(test),
+        loss=F.cross_entropy if classifies else F.mse_loss,
         metric=metric,
         lr=lr,
     )
