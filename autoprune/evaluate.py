@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
 from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
-from autoprune.shared_prefix import Outcome, SharedPrefix
+from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
@@ -125,7 +125,7 @@ class Evaluator:
         batch = list(batch)
         self._known |= dict(batch)
         self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
-        beside = _Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
+        beside = Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
         for number, candidate in batch:
             outcome = beside.of(number)
             began = time.perf_counter()
@@ -399,32 +399,6 @@ class Evaluator:
 def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
     """The first of them, at least one."""
     return batches[: math.ceil(fidelity * len(batches) - 1e-9)]
-
-
-class _Beside:
-    """Outcomes of candidates that are scored together, made block by block when the first of a block is asked for."""
-
-    def __init__(
-        self, blocks: Mapping[int, Iterator[dict[int, Outcome | None]]], keep: Callable[[int, Scored], None]
-    ) -> None:
-        self._blocks, self._keep = blocks, keep
-        self._done: dict[int, Outcome | None] = {}
-
-    def of(self, number: int) -> Outcome | None:
-        """None for a candidate that is to be evaluated alone."""
-        while number in self._blocks and number not in self._done:
-            try:
-                block = next(self._blocks[number], None)
-            except Exception as error:  # noqa: BLE001, whatever it was, one by one they may do
-                LOG.warning("candidates cannot be scored together (%s: %s): one by one", type(error).__name__, error)
-                block = None
-            if block is None:
-                return None
-            for n, outcome in block.items():
-                if outcome is not None:
-                    self._keep(n, outcome.scored)
-            self._done |= block
-        return self._done.pop(number, None)
 
 
 def _count(batches: Any) -> int | None:

@@ -13,21 +13,21 @@ runs in full as well, and where the outputs differ all of these are left to be e
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch import nn
 
 from autoprune.borrowing import arguments
 from autoprune.core import Task
 from autoprune.dependence import Dependence
+from autoprune.handing import Outputs, alike, cloned, handing_back, hollow
 from autoprune.recover import averaging, norms_of, recalibrate
 from autoprune.scores import Sample, Scored, Tally
 from autoprune.traced import TracedModel, tensors_of
@@ -35,10 +35,8 @@ from autoprune.units import Labels
 
 BLOCK = 64  # candidates that are evaluated together at most, which is what a crash can lose
 KEPT = 2**30  # bytes of outputs and of networks that are kept at once
+LOG = logging.getLogger("autoprune")
 WORTHWHILE = 0.1  # of a batch's MACs that must be saved
-TOLERANCE = 1e-5  # of the largest output
-
-Outputs = dict[str, Callable[[], Any]]  # by module: makes what it hands back
 
 
 class _Reached(BaseException):
@@ -51,6 +49,32 @@ class Outcome:
 
     scored: Scored
     seconds: float
+
+
+class Beside:
+    """Outcomes of candidates that are scored together, made block by block when the first of a block is asked for."""
+
+    def __init__(
+        self, blocks: Mapping[int, Iterator[dict[int, Outcome | None]]], keep: Callable[[int, Scored], None]
+    ) -> None:
+        self._blocks, self._keep = blocks, keep
+        self._done: dict[int, Outcome | None] = {}
+
+    def of(self, number: int) -> Outcome | None:
+        """None for a candidate that is to be evaluated alone."""
+        while number in self._blocks and number not in self._done:
+            try:
+                block = next(self._blocks[number], None)
+            except Exception as error:  # noqa: BLE001, whatever it was, one by one they may do
+                LOG.warning("candidates cannot be scored together (%s: %s): one by one", type(error).__name__, error)
+                block = None
+            if block is None:
+                return None
+            for n, outcome in block.items():
+                if outcome is not None:
+                    self._keep(n, outcome.scored)
+            self._done |= block
+        return self._done.pop(number, None)
 
 
 @dataclass
@@ -123,7 +147,6 @@ class SharedPrefix:
             return
         network = make(common)
         if recalibration:
-            network = _with_own_statistics(network)
             recalibrate(network, recalibration)
         largest = max(len(arguments(inputs)[0]) for inputs, _ in (*sample.batches, *recalibration))
         own = {n: self._own_bytes(candidates[n]) for n in reuse}
@@ -200,12 +223,12 @@ class SharedPrefix:
         reused = frozenset(member.reuse)
         if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
             with member.working():
-                alike = _alike(output, member.model(*arguments(inputs, self._device)))
-                (self._shown if alike else self._refuted).add(reused)
+                same = alike(output, member.model(*arguments(inputs, self._device)))
+                (self._shown if same else self._refuted).add(reused)
 
     def _recalibrate(self, network: nn.Module, members: Sequence[_Member], batches: Sequence[Any]) -> None:
         """As recover.recalibrate each alone; `network` has its statistics already."""
-        training = _with_own_statistics(copy.deepcopy(network))
+        training = copy.deepcopy(network)
         with ExitStack() as modes:
             modes.enter_context(averaging(norms_of(training)))
             for member in members:
@@ -232,7 +255,6 @@ class SharedPrefix:
                 for buffer, values in network.get_submodule(name).named_buffers(recurse=False):
                     setattr(module, buffer, values)
             else:
-                _own(module)
                 differing.append(module)
         return differing
 
@@ -245,11 +267,11 @@ class SharedPrefix:
 
         def keep(name: str, output: Any) -> None:
             if not reads[name]:  # only other modules that hand back read it, and they do not
-                found[name] = partial(tree_map, _hollow, tree_map(_hollow, output))
+                found[name] = hollow(output)
             elif self._dependence.written(name):
-                found[name] = partial(tree_map, _cloned, tree_map(_cloned, output))
+                found[name] = cloned(output)
             else:
-                found[name] = partial(_itself, output)
+                found[name] = lambda: output
             if len(found) == len(reads):
                 raise _Reached
 
@@ -260,39 +282,6 @@ class SharedPrefix:
             with suppress(_Reached):
                 network(*arguments(inputs, self._device))
         return found
-
-
-@contextmanager
-def handing_back(model: nn.Module, outputs: Outputs) -> Iterator[None]:
-    """Inside, these modules hand back these outputs instead of running."""
-    modules = [(model.get_submodule(name), output) for name, output in outputs.items()]
-    own = [module.__dict__.get("forward") for module, _ in modules]
-    for module, output in modules:
-        module.forward = partial(_handed, output)
-    try:
-        yield
-    finally:
-        for (module, _), forward in zip(modules, own, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-
-def _handed(output: Callable[[], Any], *_: Any, **__: Any) -> Any:
-    return output()
-
-
-def _itself(output: Any) -> Any:
-    return output
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def _hollow(value: Any) -> Any:
-    """Of the same shape, without room for values."""
-    return value.new_zeros(()).expand(value.shape) if isinstance(value, Tensor) else value
 
 
 def _whole(members: Sequence[_Member]) -> list[_Member]:
@@ -316,27 +305,3 @@ def _changed(kept: Sequence[Labels], common: Sequence[Labels]) -> frozenset[int]
     return frozenset(
         g for g, pair in enumerate(zip(kept, common, strict=True)) if pair[0].tobytes() != pair[1].tobytes()
     )
-
-
-def _with_own_statistics(model: nn.Module) -> nn.Module:
-    """The same model, in place, with normalisation statistics that are no other's."""
-    for norm in norms_of(model):
-        _own(norm)
-    return model
-
-
-def _own(norm: nn.Module) -> None:
-    for name, buffer in norm.named_buffers(recurse=False):
-        setattr(norm, name, buffer.clone())
-
-
-def _alike(ours: Any, alone: Any) -> bool:
-    pairs = list(zip(tree_leaves(ours), tree_leaves(alone), strict=True))
-    return all(_close(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or not a.is_floating_point():
-        return a.shape == b.shape and torch.equal(a, b)
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=0.0, atol=TOLERANCE * scale, equal_nan=True)

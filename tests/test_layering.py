@@ -10,7 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"units", "borrowing", "keywords"},
+    {"units", "borrowing", "keywords", "handing"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {
         "label_rules",
