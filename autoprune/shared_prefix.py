@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,7 @@ class _Member:
     tally: Tally
     model: nn.Module | None = None
     seconds: float = 0.0
+    healing: float = 0.0  # of these, before it was scored
     failed: bool = False
 
     @contextmanager
@@ -160,7 +161,9 @@ class SharedPrefix:
             for n, member in members.items():
                 if not (member.failed or frozenset(member.reuse) in self._refuted):
                     with suppress(FloatingPointError):
-                        done[n] = Outcome(member.tally.scored(), member.seconds + common_seconds / len(block))
+                        scored, shared = member.tally.scored(), common_seconds / len(block)
+                        forward = scored.seconds_in_forward + member.healing + shared
+                        done[n] = Outcome(replace(scored, seconds_in_forward=forward), member.seconds + shared)
             self.saved += max(sum(saved[n] for n in block if done[n]) - max(saved[n] for n in block), 0.0)
             yield done
 
@@ -209,6 +212,8 @@ class SharedPrefix:
                 member.model = make(member.kept)
         if recalibration:
             self._recalibrate(network, members, recalibration)
+        for member in members:
+            member.healing = member.seconds
         with torch.inference_mode():
             for number, (inputs, _) in enumerate(sample.batches):
                 outputs = self._outputs(network, members, inputs)
