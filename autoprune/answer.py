@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from autoprune import loop
+from autoprune import loop, spread
 from autoprune.core import Budget, Candidate, Measurement, Progress, Strategy, Trial, all_met
 from autoprune.costs import Costs
 from autoprune.evaluate import Evaluator
@@ -18,6 +18,7 @@ from autoprune.final import train
 from autoprune.lineage import Networks, folder_beside
 from autoprune.recover import FineTune
 from autoprune.study import Study
+from autoprune.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +46,17 @@ def left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progre
 
 
 def searched(
-    planner: Strategy, evaluator: Evaluator, prices: Costs, study: Study, plan: FineTune, progress: Progress
+    planner: Strategy,
+    evaluator: Evaluator,
+    prices: Costs,
+    study: Study,
+    plan: FineTune,
+    progress: Progress,
+    workers: Workers,
 ) -> Answer:
     """The best answer of the whole conversation, fine-tuned."""
     began = time.perf_counter()
-    trials, replayed = _converse(planner, evaluator, study, progress)
+    trials, replayed = _converse(planner, evaluator, study, progress, workers)
     seconds = time.perf_counter() - began + sum(trial.seconds for trial in trials[:replayed])
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
@@ -61,7 +68,7 @@ def searched(
 
 
 def _converse(
-    planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress
+    planner: Strategy, evaluator: Evaluator, study: Study, progress: Progress, workers: Workers
 ) -> tuple[tuple[Trial, ...], int]:
     """The loop, with the study as its record and its memory: all trials, and how many of them were remembered."""
     history = settled(study.trials())
@@ -69,14 +76,15 @@ def _converse(
     evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
     if history:
         progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
-    trials = loop.search(
-        planner,
-        evaluator,
-        study.record,
-        history=history,
-        on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
-        on_trial=lambda trial: progress.step(),
-    )
+    with spread.over(evaluator, workers) as evaluate:
+        trials = loop.search(
+            planner,
+            evaluate,
+            study.record,
+            history=history,
+            on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
+            on_trial=lambda trial: progress.step(),
+        )
     return trials, len(history)
 
 

@@ -39,6 +39,19 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Inside, torch computes on so many threads of the CPU, on which the last bits of what it gives may depend."""
+    before = torch.get_num_threads()
+    if before != count:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if before != count:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def silent() -> Iterator[None]:
     """Inside, nothing reaches the standard output, not even what a library prints past Python: HiGHS does, whatever it
     is told."""

@@ -131,6 +131,7 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         "criterion": config["criterion"],
         "device": config["device"],
         "energy": config["energy"],
+        "workers": config["workers"],
         "tables": config["profile"]["folder"],
         "storage": config["study"]["storage"],
     }
@@ -146,7 +147,7 @@ def _compare(words: Sequence[str]) -> int:
     compare.check(budgets, config["seeds"])
     settings = _search_settings(config)
     task = make_task(config["task"])
-    lists = ("budget", "strategies", "seeds", "name", "output", "settings")
+    lists = ("budget", "strategies", "seeds", "name", "output", "settings", "workers")
     identity = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if k not in lists)).encode()).hexdigest()[
         :8
     ]

@@ -26,6 +26,7 @@ from autoprune.evaluate import Scoring
 from autoprune.final import healed, test
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.result import Result
+from autoprune.workers import WorkersLostError
 
 FILES = ("comparison.csv", "comparison.md", "comparison.svg")
 BATCHES = 8  # of training, for what answers get before they are fine-tuned
@@ -131,7 +132,7 @@ def compare(
                     progress=progress,
                     **settings,
                 )
-            except (InputError, DeviceLostError):
+            except (InputError, DeviceLostError, WorkersLostError):
                 raise
             except RuntimeError as error:
                 progress.say(f"{name} under {key[0]}, seed {seed} failed and is left out: {error}")

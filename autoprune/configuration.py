@@ -10,7 +10,7 @@ from typing import Any
 from autoprune.components import CONF, bind, names
 from autoprune.core import InputError
 
-GROUPS = ("task", "space", "strategy", "criterion", "device", "energy", "evaluator", "finetune")
+GROUPS = ("task", "space", "strategy", "criterion", "device", "energy", "evaluator", "workers", "finetune")
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from autoprune import __version__
-from autoprune.borrowing import fingerprint, first, seeded, to_device
+from autoprune.borrowing import fingerprint, first, seeded, threads, to_device
 from autoprune.core import (
     Budget,
     Candidate,
@@ -51,13 +51,15 @@ from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
 LOG = logging.getLogger("autoprune")
+Likeness = tuple[int | None, Recovery, float]
 LESSONS = 64 * 2**20  # bytes of the dense model's outputs that are kept for the next candidate's short fine-tune
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How candidates are scored: `images` of the search split, what a cut network gets first, `recalibration` training
-    batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this.
+    batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this, on so many `threads`
+    of the CPU: the same however many workers there are (workers.py), so that the same trials come out.
 
     recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
     from (reconstruct.py), and then "bn_recalibrate", which takes new batch normalisation statistics.
@@ -69,12 +71,36 @@ class Scoring:
     recovery: Sequence[str] = HEALING
     short: FineTune = FineTune(epochs=0.25)
     device: str = "cpu"
+    threads: int = 1
     shared_prefix: bool = True
 
     def __post_init__(self) -> None:
-        rules = {"images >= 2": self.images >= 2, "recalibration >= 0": self.recalibration >= 0}
+        rules = {
+            "images >= 2": self.images >= 2,
+            "recalibration >= 0": self.recalibration >= 0,
+            "threads must be a whole number, 1 or more": isinstance(self.threads, int) and self.threads >= 1,
+        }
         check_rules("evaluator", rules, vars(self))
         check_healing("evaluator", self.recovery)
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Candidates for an evaluator in another process, by number, the earlier ones that they come from, and what is kept
+    of networks, by digest; None where none are kept."""
+
+    batch: tuple[tuple[int, Candidate], ...]
+    known: Mapping[int, Candidate]
+    networks: Mapping[str, Mapping[str, Tensor]] | None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What came of one of them: the trial, the networks to keep, and the dense networks' FLOPs that were saved."""
+
+    trial: Trial
+    networks: Mapping[str, Mapping[str, Tensor]]
+    saved: float
 
 
 class Evaluator:
@@ -114,6 +140,7 @@ class Evaluator:
         self._networks: Networks | None = None
         self._reconstruction: tuple[str | None, Reconstruction] | None = None
         self._prefix: SharedPrefix | None = None
+        self._saved_elsewhere = 0.0
         self.hits = self.evaluations = 0
 
     def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
@@ -123,20 +150,86 @@ class Evaluator:
 
     def __call__(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         batch = list(batch)
-        self._known |= dict(batch)
-        self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
+        self.expect(batch)
         beside = Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
         for number, candidate in batch:
-            outcome = beside.of(number)
-            began = time.perf_counter()
-            try:
-                trial = self._evaluate(number, candidate, outcome)
-            except DeviceLostError:
-                raise
-            except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
-                trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
+            with threads(self.scoring.threads):
+                outcome = beside.of(number)
+                began = time.perf_counter()
+                try:
+                    trial = self._evaluate(number, candidate, outcome)
+                except DeviceLostError:
+                    raise
+                except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
+                    trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
             seconds = 0.0 if outcome is None else outcome.seconds
             yield replace(trial, seconds=seconds + time.perf_counter() - began)
+
+    def expect(self, batch: Sequence[tuple[int, Candidate]]) -> None:
+        """These will be asked for, or their children: of kept networks only those are kept on that they come from."""
+        self._known |= dict(batch)
+        self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
+
+    def elsewhere(self) -> Evaluator:
+        """One for another process, with the same trials: without the meters, and without the splits that it has no
+        business with."""
+        self.identity  # noqa: B018, found here, where the given model and the search split are
+        there = copy.copy(self)
+        there.task = replace(self.task, model=nn.Identity(), search=(), test=())
+        there.meters, there.hits, there.evaluations = {}, 0, 0
+        there._known, there._digests = {}, {}
+        there._teacher = Teacher(self.dense_model, remembered=LESSONS)
+        there._networks = there._reconstruction = there._prefix = None
+        return there
+
+    def alike(self, batch: Sequence[tuple[int, Candidate]]) -> list[list[tuple[int, Candidate]]]:
+        """A batch in parts: those that may be scored together, each other one for itself."""
+        parts: dict[object, list[tuple[int, Candidate]]] = defaultdict(list)
+        for number, candidate in batch:
+            like = _likeness(candidate) if self.scoring.shared_prefix else None
+            parts[like or number].append((number, candidate))
+        return list(parts.values())
+
+    def parcel(self, batch: Sequence[tuple[int, Candidate]]) -> Parcel:
+        """These, with what an evaluator elsewhere must know of where they come from."""
+        known: dict[int, Candidate] = {}
+        networks: dict[str, Mapping[str, Tensor]] = {}
+        parents = self._parents(candidate for _, candidate in batch)
+        older = parents
+        while older.keys() - known.keys():
+            known |= older
+            older = self._parents(older.values())
+        for parent in parents.values():
+            with suppress(ValueError):  # what is no candidate at all becomes a failed trial
+                if tensors := self._stored(parent):
+                    networks[self._digest(parent)] = tensors
+        return Parcel(tuple(batch), known, None if self._networks is None else networks)
+
+    def _parents(self, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
+        numbers = {candidate.parent for candidate in candidates}
+        return {number: self._known[number] for number in numbers if number is not None and number in self._known}
+
+    def evaluated(self, parcel: Parcel) -> Iterator[Evaluated]:
+        """Trials of what another process's evaluator sent."""
+        networks = Networks(None)
+        for digest, tensors in (parcel.networks or {}).items():
+            networks.add(digest, tensors)
+        self._known, self._networks = dict(parcel.known), None if parcel.networks is None else networks
+        sent, saved = set(networks.in_memory()), self._saved_here
+        for trial in self(parcel.batch):
+            made = {digest: t for digest, t in networks.in_memory().items() if digest not in sent}
+            yield Evaluated(trial, made, self._saved_here - saved)
+            sent, saved = sent | made.keys(), self._saved_here
+
+    def took(self, evaluated: Evaluated) -> Trial:
+        """A trial that came from another process."""
+        self.hits += evaluated.trial.cached
+        self.evaluations += not evaluated.trial.cached
+        self._saved_elsewhere += evaluated.saved
+        if self._networks is not None:
+            for digest, tensors in evaluated.networks.items():
+                self._networks.add(digest, tensors)
+        return evaluated.trial
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -156,14 +249,17 @@ class Evaluator:
             "dense": hashlib.sha256(repr((dense.losses, dense.scores)).encode()).hexdigest()[:16],
             "scoring": {name: value for name, value in asdict(self.scoring).items() if name != "shared_prefix"},
             "seed": self.seed,
-            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
 
     @property
     def shared(self) -> float:
         """The fraction of the forward passes of all that was evaluated that ran once for many, by FLOPs."""
-        return self._prefix.saved / self.evaluations if self._prefix and self.evaluations else 0.0
+        return (self._saved_here + self._saved_elsewhere) / max(self.evaluations, 1)
+
+    @property
+    def _saved_here(self) -> float:
+        return self._prefix.saved if self._prefix else 0.0
 
     def dense(self, fidelity: float = 1.0) -> Scored:
         """The dense model's scores on the same images."""
@@ -173,7 +269,8 @@ class Evaluator:
 
     def scored(self, model: nn.Module, fidelity: float = 1.0) -> Scored:
         """Any network's scores on the same images."""
-        return score(model, self._sample(fidelity), self.task)
+        with threads(self.scoring.threads):
+            return score(model, self._sample(fidelity), self.task)
 
     def _sample(self, fidelity: float) -> Sample:
         """What candidates of this fidelity are scored on."""
@@ -196,6 +293,10 @@ class Evaluator:
 
     def recovered(self, candidate: Candidate) -> nn.Module:
         """The candidate's network, cut from the dense network or its parent's and recovered as it asks."""
+        with threads(self.scoring.threads):
+            return self._recovered(candidate)
+
+    def _recovered(self, candidate: Candidate) -> nn.Module:
         kept = self._units(candidate.ratios)
         if stored := self._stored(candidate):
             return self.traced.cut(self.traced.spread(self.dense_model, stored, kept), kept).eval()
@@ -245,17 +346,17 @@ class Evaluator:
 
     def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome | None]]]:
         """The candidates of a batch that are scored together, by number, each with what scores it and others."""
-        alike: dict[tuple[int | None, Recovery, float], dict[int, Sequence[Labels]]] = defaultdict(dict)
+        alike: dict[Likeness, dict[int, Sequence[Labels]]] = defaultdict(dict)
         seen: set[Path | None] = set()
         for number, candidate in batch if self.scoring.shared_prefix else ():
-            if candidate.recovery == "short" or candidate.measure:
+            like = _likeness(candidate)
+            if like is None:
                 continue
             with suppress(ValueError):  # what is no candidate at all becomes a failed trial
                 self.traced.space.check(candidate.ratios)
                 path = self._cache_path(candidate)
                 if path is None or (path not in seen and read_cached(path) is None):
-                    like = alike[candidate.parent, candidate.recovery, candidate.fidelity]
-                    like[number] = self._units(candidate.ratios)
+                    alike[like][number] = self._units(candidate.ratios)
                     seen.add(path)
         found: dict[int, Iterator[dict[int, Outcome | None]]] = {}
         for (parent, recovery, fidelity), candidates in alike.items():
@@ -394,6 +495,13 @@ class Evaluator:
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
+
+
+def _likeness(candidate: Candidate) -> Likeness | None:
+    """What candidates must have in common to be scored together; None for those that are scored alone."""
+    if candidate.recovery == "short" or candidate.measure:
+        return None
+    return candidate.parent, candidate.recovery, candidate.fidelity
 
 
 def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:

@@ -41,9 +41,13 @@ class Networks:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._memory: dict[str, dict[str, Tensor]] = {}
+        self._memory: dict[str, Mapping[str, Tensor]] = {}
 
-    def get(self, digest: str) -> dict[str, Tensor] | None:
+    def in_memory(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Those that no folder holds."""
+        return dict(self._memory)
+
+    def get(self, digest: str) -> Mapping[str, Tensor] | None:
         """What was put; None where it is absent or damaged."""
         if digest in self._memory or self.folder is None:
             return self._memory.get(digest)
@@ -57,7 +61,10 @@ class Networks:
 
     def put(self, digest: str, network: nn.Module) -> None:
         """Keep a copy of a network's tensors; in memory where the folder cannot be written."""
-        tensors = {name: t.detach().cpu().clone().contiguous() for name, t in tensors_of(network)}
+        self.add(digest, {name: t.detach().cpu().clone().contiguous() for name, t in tensors_of(network)})
+
+    def add(self, digest: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors of a network, as `put` does."""
         if self.folder is None:
             self._memory[digest] = tensors
             return
@@ -65,7 +72,7 @@ class Networks:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(tensors, temporary, {"sha256": _checksum(tensors)})
+            safetensors.torch.save_file(dict(tensors), temporary, {"sha256": _checksum(tensors)})
             temporary.replace(path)
         except (OSError, safetensors.SafetensorError) as error:
             LOG.warning("networks cannot be kept in %s (%s): they stay in memory", self.folder, error)

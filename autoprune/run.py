@@ -40,6 +40,7 @@ from autoprune.space import Space, trace
 from autoprune.study import Study, check_storage
 from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
+from autoprune.workers import Workers
 
 Kind = TypeVar("Kind")
 
@@ -62,6 +63,7 @@ def search(
     study_name: str | None = None,
     cache: str | Path | None = None,
     readings: str | Path | None = None,
+    workers: str | Mapping[str, Any] | Workers = "serial",
     progress: Progress = Silent(),
 ) -> Result:
     """Find a ratio for each group under the budgets, and the fine-tuned smaller network.
@@ -73,10 +75,13 @@ def search(
     dense network is measured anew. storage: an Optuna storage URL; the same search on the same study goes on where it
     ended. None keeps the record in memory. study_name: by default made of task, strategy, budget, seed and fingerprint.
     cache: a folder for scores shared by searches. readings: a file that every raw latency sample is appended to.
+    workers: where candidates are evaluated, a name in conf/workers, a mapping with `_target_`, or of workers.py; the
+    trials are the same wherever that is.
 
     Raises:
         InputError: the task, a budget or a name is wrong, or the study belongs to another search.
         MeasuringError: the device could not measure the networks.
+        WorkersLostError: no worker can be kept running.
     """
     began = time.perf_counter()
     chosen = {
@@ -84,6 +89,7 @@ def search(
         "criterion": components.chosen("criterion", criterion),
     }
     build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
+    crew = components.built(Workers, "workers", workers)
     check_storage(storage)
     prepared = _prepared(
         task,
@@ -108,7 +114,7 @@ def search(
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        answer = searched(planner, evaluator, prices, study, final, progress)
+        answer = searched(planner, evaluator, prices, study, final, progress, crew)
     result = concluded(
         evaluator,
         prices,

@@ -10,7 +10,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from torch import nn
 
 from autoprune import __version__, components
@@ -18,7 +17,7 @@ from autoprune.answer import Answer
 from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
 from autoprune.criteria import Scores as Importance
-from autoprune.evaluate import Evaluator
+from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import test
 from autoprune.meters.device import Device, MeasuringError
 from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
@@ -47,13 +46,12 @@ def concluded(
         progress.stage(f"measuring the answer on {device.name}", None)
     measured = answer.known or _measured(evaluator, model, answer.trial)
     named = {group: components.named(group, values) for group, values in chosen.items()}
-    place = evaluator.scoring.device
     provenance = {"task": task.name, "strategy": named["strategy"], "seed": evaluator.seed, "versions": _versions()}
     return Result(
         task=task.name,
         strategy=named["strategy"],
         seed=evaluator.seed,
-        device=prices.device or f"{place}, {torch.get_num_threads()} threads",
+        device=prices.device or _place(evaluator.scoring),
         table=RatioTable(
             groups=_table_groups(prices.traced, evaluator.importance, ratios),
             architecture=prices.traced.fingerprint,
@@ -126,6 +124,11 @@ def _layers(device: Device, evaluator: Evaluator, model: nn.Module) -> tuple[Lay
         LOG.warning("the layers could not be timed: %s", error)
         return ()
     return tuple(LayerTime(name, ms, after.get(name, 0.0)) for name, ms in before.items())
+
+
+def _place(scoring: Scoring) -> str:
+    many = "s" * (scoring.threads != 1)
+    return f"{scoring.device}, {scoring.threads} thread{many}"
 
 
 def _table_groups(

@@ -1,0 +1,425 @@
+"""Where candidates are evaluated: in this process, in processes of this machine, or on a Ray cluster.
+
+A worker holds a copy of the evaluator, made once; it is given parcels of candidates and sends back one message for
+each, as it is finished. Workers know nothing of each other and may be killed at any time (spread.py goes on without).
+
+A local worker is a fresh Python at the other end of a socket of its own, which closes when either of the two dies: no
+lock and no queue is shared, so that one death harms nobody else (loky and concurrent.futures give up the whole pool,
+multiprocessing.Pool waits for ever). It does not import the user's __main__ module: what is defined there travels by
+value. A Ray worker is an actor in a slot of the cluster; the evaluator is put into its object store once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pickle
+import queue
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+from autoprune.core import InputError, check_rules
+
+LOG = logging.getLogger("autoprune")
+START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from autoprune.workers import serve; serve(int(sys.argv[1]), int(sys.argv[3]))"
+)
+BLAS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class LostError(RuntimeError):
+    """A worker died, or was killed; the message says how."""
+
+
+class WorkersLostError(RuntimeError):
+    """No worker can be kept running: nothing more can be evaluated, and what was scored is kept."""
+
+
+class Subject(Protocol):
+    """What a worker holds: it answers a parcel with one message after the other."""
+
+    def evaluated(self, parcel: Any) -> Iterator[Any]: ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The worker holds its subject and waits for parcels."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """The parcel is finished."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The worker cannot hold its subject, or raised outside of a candidate."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """A line of the worker's log."""
+
+    level: int
+    text: str
+
+
+class Worker(Protocol):
+    """One worker. Messages are Ready, then what the subject yields and Done for each parcel; see above for others."""
+
+    def give(self, parcel: Any) -> None:
+        """Send it a parcel. A worker that is lost says so at `take`."""
+        ...
+
+    def take(self) -> Any:
+        """The next message, once `Crew.telling` has named this worker. Raises LostError."""
+        ...
+
+    def kill(self) -> None:
+        """End it, at once."""
+        ...
+
+
+class Crew(Protocol):
+    """A kind of workers, as many as `count`. limit_s: how long a candidate may take at most."""
+
+    count: int
+    limit_s: float | None
+
+    def hire(self, subject: Subject, threads: int) -> Worker:
+        """A new worker, which has begun to start."""
+        ...
+
+    def telling(self, workers: Sequence[Any], timeout_s: float | None) -> list[Any]:
+        """Those of the workers that have a message or are lost, as soon as there is one; none at the time-out."""
+        ...
+
+    def close(self) -> None:
+        """Give back what all workers have in common."""
+        ...
+
+
+class Workers:
+    """Where candidates are evaluated."""
+
+
+@dataclass(frozen=True)
+class Serial(Workers):
+    """Candidates are evaluated one after the other, in this process."""
+
+
+def packed(subject: Subject) -> bytes:
+    """A subject as bytes, for a process that reads them at once.
+
+    Raises:
+        InputError: it holds something that no other process can be given.
+    """
+    import cloudpickle
+
+    try:
+        return bytes(cloudpickle.dumps(subject))
+    except Exception as error:
+        raise InputError(
+            f"workers: the task cannot be sent to another process ({type(error).__name__}: {error}): its model, loss, "
+            "metric and training batches must not hold locks, open files or generators; or choose workers=serial"
+        ) from error
+
+
+def _check(place: str, count: int, limit_s: float | None) -> None:
+    rules = {
+        "count must be a whole number, 1 or more": isinstance(count, int) and count >= 1,
+        "limit_s must be null or above 0": limit_s is None or limit_s > 0,
+    }
+    check_rules(place, rules, {"count": count, "limit_s": limit_s})
+
+
+# ------------------------------------------------------------------------------------------------- on this machine
+
+
+class Local(Workers):
+    """Processes of this machine.
+
+    count: how many. limit_s: seconds that a candidate may take, after which its worker is killed and it has failed
+    (spread.py); None for as long as it likes. memory_mb: what a worker may allocate beyond what it starts with, where a
+    candidate that asks for more fails; None for all there is (Linux).
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+
+    def __init__(self, *, count: int = 2, limit_s: float | None = None, memory_mb: float | None = None) -> None:
+        _check("workers=local", count, limit_s)
+        check_rules(
+            "workers=local",
+            {"memory_mb must be null or above 0": memory_mb is None or memory_mb > 0},
+            {"memory_mb": memory_mb},
+        )
+        self.count, self.limit_s, self.memory_mb = count, limit_s, memory_mb
+        self._packed: tuple[Subject, bytes] | None = None
+
+    def hire(self, subject: Subject, threads: int) -> Worker:
+        if self._packed is None or self._packed[0] is not subject:
+            self._packed = subject, packed(subject)
+        return _Process(self._packed[1], threads, 0 if self.memory_mb is None else round(self.memory_mb * 2**20))
+
+    def telling(self, workers: Sequence[_Process], timeout_s: float | None) -> list[_Process]:
+        ready = wait([worker.connection for worker in workers], timeout_s)
+        return [worker for worker in workers if worker.connection in ready]
+
+    def close(self) -> None:
+        self._packed = None
+
+
+class _Process:
+    """A local worker: a fresh Python that runs `serve`."""
+
+    def __init__(self, subject: bytes, threads: int, memory: int) -> None:
+        ours, theirs = socket.socketpair()
+        self.connection: Connection[Any, Any] = Connection(ours.detach())
+        words = [sys.executable, "-c", START, str(theirs.fileno()), json.dumps([str(p) for p in sys.path]), str(memory)]
+        environment = os.environ | dict.fromkeys(BLAS, str(threads))
+        with theirs:
+            self._process = subprocess.Popen(
+                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+            )
+        self._send(subject)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _send(self, message: bytes) -> None:
+        with contextlib.suppress(OSError):  # it is lost, and says so when it is heard
+            self.connection.send_bytes(message)
+
+    def give(self, parcel: Any) -> None:
+        self._send(pickle.dumps(parcel))
+
+    def take(self) -> Any:
+        try:
+            return pickle.loads(self.connection.recv_bytes())  # of a process that this one started
+        except (EOFError, OSError):
+            raise LostError(self._end()) from None
+
+    def _end(self) -> str:
+        try:
+            status = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            return "closed its connection"
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+
+
+def serve(descriptor: int, memory: int) -> None:
+    """The life of a local worker: read the subject, then parcels, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is interrupted ends its workers
+    connection: Connection[Any, Any] = Connection(descriptor)
+    telling = threading.Lock()
+
+    def tell(message: Any) -> None:
+        content = pickle.dumps(message)
+        with telling:
+            connection.send_bytes(content)
+
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
+    LOG.addHandler(_Telling(tell))
+    LOG.propagate = False
+    try:
+        subject: Subject = pickle.loads(inbox.get())
+        if memory:
+            limit = _address_space() + memory
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        tell(Ready())
+        while True:
+            for message in subject.evaluated(pickle.loads(inbox.get())):
+                tell(message)
+            tell(Done())
+    except Exception as error:  # noqa: BLE001, told to who can say it
+        tell(Failed(f"{type(error).__name__}: {error}"))
+
+
+def _read(connection: Connection[Any, Any], inbox: queue.SimpleQueue[bytes]) -> None:
+    """Parcels as they come; the process ends with who sends them, whatever it is doing."""
+    while True:
+        try:
+            inbox.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)
+
+
+def _address_space() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+class _Telling(logging.Handler):
+    """Lines of a worker's log go to who started it."""
+
+    def __init__(self, tell: Any) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self._tell(Said(record.levelno, record.getMessage()))
+
+
+# ------------------------------------------------------------------------------------------------------------ on Ray
+
+
+class Ray(Workers):
+    """Actors of a Ray cluster, one a slot of `threads` CPUs and so many GPUs.
+
+    address: of a running cluster ("auto", "10.0.0.1:6379", "ray://…"); None starts one on this machine, which ends with
+    the search. Every node needs autoprune and what the task imports. Token authentication is on unless RAY_AUTH_MODE
+    says otherwise; a cluster of one's own must be started with it. count, limit_s: as of Local.
+
+    Raises:
+        InputError: a setting is out of its range, Ray is not installed, or the cluster cannot be reached.
+    """
+
+    def __init__(
+        self, *, count: int = 2, address: str | None = None, gpus: float = 0.0, limit_s: float | None = None
+    ) -> None:
+        _check("workers=ray", count, limit_s)
+        check_rules("workers=ray", {"gpus >= 0": gpus >= 0}, {"gpus": gpus})
+        self.count, self.address, self.gpus, self.limit_s = count, address, gpus, limit_s
+        self._ray: Any = None
+        self._put: tuple[Subject, Any] | None = None
+
+    def hire(self, subject: Subject, threads: int) -> Worker:
+        ray = self._connected(threads)
+        if self._put is None or self._put[0] is not subject:
+            self._put = subject, ray.put(packed(subject))
+        slot = ray.remote(_actor()).options(num_cpus=threads, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
+        return _Actor(ray, slot.remote([str(p) for p in sys.path], self._put[1]))
+
+    def telling(self, workers: Sequence[_Actor], timeout_s: float | None) -> list[_Actor]:
+        waiting = {worker.waiting: worker for worker in workers if worker.waiting is not None}
+        ready, _ = self._ray.wait(list(waiting), timeout=timeout_s, fetch_local=True)
+        return [waiting[one] for one in ready]
+
+    def close(self) -> None:
+        if self._ray is not None:
+            self._ray.shutdown()
+        self._ray = self._put = None
+
+    def _connected(self, threads: int) -> Any:
+        if self._ray is not None:
+            return self._ray
+        for name, value in {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray
+        except ImportError as error:
+            raise InputError("workers=ray: Ray is not installed: pip install 'autoprune[ray]'") from error
+        except KeyError as error:  # amdsmi beside Ray
+            raise InputError(
+                f"workers=ray: Ray does not start beside amdsmi, which the extra 'energy' brings ({error}): "
+                "pip uninstall amdsmi, or choose workers=local"
+            ) from error
+        here = {"num_cpus": self.count * threads, "include_dashboard": False} if self.address is None else {}
+        try:
+            ray.init(address=self.address or "local", logging_level=logging.ERROR, log_to_driver=False, **here)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(
+                f"workers=ray: the cluster at address={self.address} cannot be reached ({first}): start it with "
+                "RAY_AUTH_MODE=token ray start --head, or leave workers.address out"
+            ) from error
+        self._ray = ray
+        return ray
+
+
+class _Actor:
+    """A Ray worker, by its handle. waiting: what its next message comes from."""
+
+    def __init__(self, ray: Any, handle: Any) -> None:
+        self._ray, self._handle = ray, handle
+        self._parcel: bytes | None = None
+        self.waiting: Any = handle.begin.remote()
+
+    def give(self, parcel: Any) -> None:
+        self._parcel = pickle.dumps(parcel)
+        if self.waiting is None:
+            self._ask()
+
+    def _ask(self) -> None:
+        self.waiting, self._parcel = self._handle.evaluated.remote(self._parcel), None
+
+    def take(self) -> Any:
+        try:
+            streamed = hasattr(self.waiting, "__next__")
+            message = pickle.loads(self._ray.get(next(self.waiting) if streamed else self.waiting))
+        except (self._ray.exceptions.RayError, StopIteration) as error:
+            raise LostError(" ".join(str(error).split())[:200]) from None
+        if isinstance(message, Ready | Done):
+            self.waiting = None
+            if self._parcel is not None:
+                self._ask()
+        return message
+
+    def kill(self) -> None:
+        with contextlib.suppress(Exception):
+            self._ray.kill(self._handle)
+
+
+def _actor() -> type:
+    """The class of the actors, made here so that Ray sends it by value, before autoprune can be imported there."""
+
+    class Holder:
+        def __init__(self, path: Sequence[str], subject: bytes) -> None:
+            import sys
+
+            sys.path += [p for p in path if p not in sys.path]
+            self._subject = subject
+
+        def begin(self) -> bytes:
+            import logging
+            import pickle
+
+            from autoprune import workers
+
+            self._said: list[Any] = []
+            logger = logging.getLogger("autoprune")
+            logger.addHandler(workers._Telling(self._said.append))
+            logger.propagate = False
+            try:
+                self._holds = pickle.loads(self._subject)
+            except Exception as error:  # noqa: BLE001, told to who can say it
+                return pickle.dumps(workers.Failed(f"{type(error).__name__}: {error}"))
+            return pickle.dumps(workers.Ready())
+
+        def evaluated(self, parcel: bytes) -> Iterator[bytes]:
+            import pickle
+
+            from autoprune import workers
+
+            try:
+                for message in self._holds.evaluated(pickle.loads(parcel)):
+                    while self._said:
+                        yield pickle.dumps(self._said.pop(0))
+                    yield pickle.dumps(message)
+                yield pickle.dumps(workers.Done())
+            except Exception as error:  # noqa: BLE001, told to who can say it
+                yield pickle.dumps(workers.Failed(f"{type(error).__name__}: {error}"))
+
+    return Holder
