@@ -325,8 +325,9 @@ class Ray(Workers):
     def _connected(self, threads: int) -> Any:
         if self._ray is not None:
             return self._ray
-        for name, value in {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}.items():
-            os.environ.setdefault(name, value)
+        if "ray" not in sys.modules:  # which reads these when it is imported
+            for name, value in {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+                os.environ.setdefault(name, value)
         try:
             import ray
         except ImportError as error:
@@ -340,11 +341,20 @@ class Ray(Workers):
         try:
             ray.init(address=self.address or "local", logging_level=logging.ERROR, log_to_driver=False, **here)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            if self.address is None:
+                raise InputError(f"workers=ray: no cluster can be started here ({first}); or workers=local") from error
             raise InputError(
                 f"workers=ray: the cluster at address={self.address} cannot be reached ({first}): start it with "
-                "RAY_AUTH_MODE=token ray start --head, or leave workers.address out"
+                "RAY_AUTH_MODE=token ray start --head, with the same token; or leave workers.address out"
             ) from error
+        slots = int(ray.cluster_resources().get("CPU", 0) // threads)
+        if slots < self.count:
+            ray.shutdown()
+            raise InputError(
+                f"workers=ray: the cluster has room for {slots} workers of {threads} CPUs, got count={self.count}: add "
+                f"nodes, or workers.count={slots}"
+            )
         self._ray = ray
         return ray
 
