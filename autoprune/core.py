@@ -192,7 +192,8 @@ class Candidate:
     "short" fine-tunes briefly as well.
     glance: a measurement is to steer by and will decide nothing, so that few processes are enough.
     parent: number of an earlier trial whose recovered network this one is cut from; None for the dense network.
-    fidelity: fraction in (0, 1] of the images it is scored on, and of the batches it is healed with.
+    fidelity: fraction in (0, 1] of the images it is scored on, of the batches it is healed with, and of the steps of a
+    short fine-tune.
     about: what the strategy says of it for people (a round, a target); it changes nothing about the evaluation.
     """
 

@@ -44,7 +44,7 @@ from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate
+from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate, shorter
 from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
 from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
@@ -136,6 +136,7 @@ class Evaluator:
         self._dense: dict[float, Scored] = {}
         self._samples: dict[float, Sample] = {}
         self._known: dict[int, Candidate] = {}
+        self._scored: dict[Candidate, Trial] = {}
         self._digests: dict[Candidate, str] = {}
         self._networks: Networks | None = None
         self._reconstruction: tuple[str | None, Reconstruction] | None = None
@@ -144,9 +145,19 @@ class Evaluator:
         self.hits = self.evaluations = 0
 
     def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
-        """Earlier trials, which may be named as parents, and where fine-tuned networks are kept for their children."""
-        self._known |= {trial.number: trial.candidate for trial in history}
+        """Earlier trials, which may be parents and are not scored again, and where networks are kept for children."""
+        for trial in history:
+            self._known[trial.number] = trial.candidate
+            self._add(trial)
         self._networks = networks
+
+    def _add(self, trial: Trial) -> None:
+        if trial.error is None:
+            self._scored.setdefault(_plain(trial.candidate), trial)
+
+    def knows(self, candidate: Candidate) -> bool:
+        """Whether the candidate was scored already, measured or not."""
+        return _plain(candidate) in self._scored
 
     def __call__(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         batch = list(batch)
@@ -163,7 +174,9 @@ class Evaluator:
                 except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
                     trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
             seconds = 0.0 if outcome is None else outcome.seconds
-            yield replace(trial, seconds=seconds + time.perf_counter() - began)
+            trial = replace(trial, seconds=seconds + time.perf_counter() - began)
+            self._add(trial)
+            yield trial
 
     def expect(self, batch: Sequence[tuple[int, Candidate]]) -> None:
         """These will be asked for, or their children: of kept networks only those are kept on that they come from."""
@@ -177,7 +190,7 @@ class Evaluator:
         there = copy.copy(self)
         there.task = replace(self.task, model=nn.Identity(), search=(), test=())
         there.meters, there.hits, there.evaluations = {}, 0, 0
-        there._known, there._digests = {}, {}
+        there._known, there._scored, there._digests = {}, {}, {}
         there._teacher = Teacher(self.dense_model, remembered=LESSONS)
         there._networks = there._reconstruction = there._prefix = None
         return there
@@ -223,6 +236,7 @@ class Evaluator:
 
     def took(self, evaluated: Evaluated) -> Trial:
         """A trial that came from another process."""
+        self._add(evaluated.trial)
         self.hits += evaluated.trial.cached
         self.evaluations += not evaluated.trial.cached
         self._saved_elsewhere += evaluated.saved
@@ -308,7 +322,7 @@ class Evaluator:
                 finetune(
                     model,
                     self.task.train,
-                    self.scoring.short,
+                    shorter(self.scoring.short, candidate.fidelity, self.task.train),
                     loss=self.task.loss,
                     lr=self.task.lr,
                     teacher=self._teacher,
@@ -350,7 +364,7 @@ class Evaluator:
         seen: set[Path | None] = set()
         for number, candidate in batch if self.scoring.shared_prefix else ():
             like = _likeness(candidate)
-            if like is None:
+            if like is None or self.knows(candidate):
                 continue
             with suppress(ValueError):  # what is no candidate at all becomes a failed trial
                 self.traced.space.check(candidate.ratios)
@@ -369,6 +383,7 @@ class Evaluator:
     ) -> Iterator[dict[int, Outcome | None]]:
         if len(candidates) < 2:
             return
+        self.dense(fidelity)
         if self._prefix is None:
             self._prefix = SharedPrefix(self.traced, self.dense_model, self.task)
         make = functools.partial(self._rebuilt, parent, self._source(parent), recovery, sharing=True)
@@ -423,6 +438,29 @@ class Evaluator:
 
     def _evaluate(self, number: int, candidate: Candidate, outcome: Outcome | None) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
+        model = None
+        earlier = self._scored.get(_plain(candidate))
+        if earlier is None:
+            earlier, model = self._score(candidate, outcome)
+        else:
+            self.hits += 1
+            earlier = replace(earlier, cached=True, seconds_in_forward=0.0)
+        expected = {name: m.predict(ratios) for name, m in self.costs.items()}
+        if candidate.measure:
+            costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
+        else:
+            costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
+        return replace(
+            earlier,
+            number=number,
+            candidate=candidate,
+            costs=costs,
+            predicted=expected if candidate.measure else {},
+            feasible=all_met(self.budgets, costs),
+        )
+
+    def _score(self, candidate: Candidate, outcome: Outcome | None) -> tuple[Trial, nn.Module | None]:
+        """What the candidate scores, and its network if it had to be made."""
         path = self._cache_path(candidate)
         model, cached = None, False
         if outcome is not None:
@@ -434,23 +472,19 @@ class Evaluator:
         self.evaluations += not cached
         if scored is None:
             began = time.perf_counter()
+            self.dense(candidate.fidelity)
             model = self.recovered(candidate)
             healing = time.perf_counter() - began
             scored = self.scored(model, candidate.fidelity)
             scored = replace(scored, seconds_in_forward=scored.seconds_in_forward + healing)
             write_cached(path, scored)
-        expected = {name: m.predict(ratios) for name, m in self.costs.items()}
-        if candidate.measure:
-            costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
-        else:
-            costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
         sample = self._sample(candidate.fidelity)
         low, high = sample.interval(scored.scores)
         change = np.subtract(scored.losses, self.dense(candidate.fidelity).losses)
         difference = float(np.average(change, weights=scored.sizes))
         change_low, change_high = sample.interval(change)
-        return Trial(
-            number=number,
+        trial = Trial(
+            number=0,
             candidate=candidate,
             score=scored.score,
             score_low=scored.score + low,
@@ -465,12 +499,10 @@ class Evaluator:
                 kind="measured",
                 notes=("paired with the dense model",),
             ),
-            costs=costs,
-            predicted=expected if candidate.measure else {},
-            feasible=all_met(self.budgets, costs),
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
         )
+        return trial, model
 
     def measured(self, model: nn.Module, *, glance: bool = False) -> dict[str, Measurement]:
         """Every cost of a network, counted or measured; at a glance where the meter knows how."""
@@ -502,6 +534,11 @@ def _likeness(candidate: Candidate) -> Likeness | None:
     if candidate.recovery == "short" or candidate.measure:
         return None
     return candidate.parent, candidate.recovery, candidate.fidelity
+
+
+def _plain(candidate: Candidate) -> Candidate:
+    """What of a candidate its score depends on."""
+    return replace(candidate, measure=False, glance=False, about={})
 
 
 def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:

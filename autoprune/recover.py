@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +143,14 @@ class FineTune:
             "temperature > 0": self.temperature > 0,
         }
         check_rules("fine-tune", rules, vars(self))
+
+
+def shorter(plan: FineTune, fraction: float, train: Iterable[Any]) -> FineTune:
+    """The same with a fraction of its steps, one at least."""
+    if fraction == 1 or plan.epochs == 0:
+        return plan
+    per_epoch = _length(train)
+    return replace(plan, epochs=max(1, round(plan.epochs * fraction * per_epoch)) / per_epoch)
 
 
 class Teacher:

@@ -81,13 +81,13 @@ class Spread:
 
     def __call__(self, batch: Sequence[Numbered]) -> Iterator[Trial]:
         self._evaluator.expect(batch)
-        there = [each for each in batch if not each[1].measure]
-        arriving = self._spread(there)
+        here = {number for number, candidate in batch if candidate.measure or self._evaluator.knows(candidate)}
+        arriving = self._spread([each for each in batch if each[0] not in here])
         waiting: list[tuple[int, Trial]] = []
         try:
             for number, candidate in batch:
-                if candidate.measure:
-                    for trial in arriving:
+                if number in here:
+                    for trial in arriving if candidate.measure else ():
                         heapq.heappush(waiting, (trial.number, trial))
                     yield from self._evaluator([(number, candidate)])
                     continue

@@ -363,3 +363,21 @@ def test_a_failure_does_not_run_the_blocks_that_follow(monkeypatch: pytest.Monke
     assert next(trials).error == "MemoryError: no room"
     assert len(made) == 1 + 2 + 1, "the common network, the first block, and the one that failed again"
     assert [t.error for t in trials] == [None] * (len(cuts) - 1)
+
+
+def test_what_was_scored_is_not_scored_again_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = evaluator()
+    ratios = tuple(g.levels[1] for g in made.traced.space.groups)
+    scored = Candidate(ratios=ratios, recovery="short", about={"finalist": "sweep"})
+    other = Candidate(ratios=ratios, recovery="short", fidelity=0.5)
+    first, second = made([(0, scored), (1, other)])
+    monkeypatch.setattr(made, "recovered", None)
+    measured, again = made([(2, replace(scored, measure=True, about={})), (3, other)])
+    assert (measured.score, measured.loss, measured.loss_change) == (first.score, first.loss, first.loss_change)
+    assert (again.score, again.loss) == (second.score, second.loss) != (first.score, first.loss)
+    assert (made.evaluations, made.hits) == (2, 2)
+    resumed = evaluator()
+    resumed.remember((first, second), None)
+    monkeypatch.setattr(resumed, "recovered", None)
+    (replayed,) = resumed([(2, replace(scored, measure=True))])
+    assert (replayed.number, replayed.cached, replayed.loss) == (2, True, first.loss)
