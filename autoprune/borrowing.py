@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from autoprune.core import InputError
+from autoprune.writing import room
 
 
 @contextmanager
@@ -121,9 +122,10 @@ def first(batches: Any, count: int) -> list[Any]:
 def check_writable(folder: Path, place: str) -> None:
     """Raises InputError where nothing could be kept, before any time is spent; `place` names the setting."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f"probe.{os.getpid()}.tmp"
-        probe.write_text("")
-        probe.unlink()
+        with room(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f"probe.{os.getpid()}.tmp"
+            probe.write_text("")
+            probe.unlink()
     except OSError as error:
         raise InputError(f"{place}={folder} cannot be written: {error.strerror}; null does without") from error

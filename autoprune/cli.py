@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from autoprune.components import make_task
 from autoprune.configuration import command_help, config_of, configured, made, save
-from autoprune.core import Budget, DeviceLostError, InputError
+from autoprune.core import Budget, DeviceLostError, InputError, StorageError
+from autoprune.writing import is_full
 
 if TYPE_CHECKING:
     from autoprune.report import Screen
@@ -62,13 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"autoprune: {' '.join(str(error).split())}\n")
         return WRONG_INPUT
-    except DeviceLostError as error:
-        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}; {_kept(command)}:\n  {_same_line(arguments)}\n")
-        return FAILED
+    except (DeviceLostError, StorageError) as error:
+        return _cut_short(str(error), arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nautoprune: interrupted; {_kept(command)}:\n  {_same_line(arguments)}\n")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001, the last door
+        if is_full(error):
+            return _cut_short(f"the disk is full: {error}", arguments)
         logging.getLogger("autoprune").error("%s", traceback.format_exc())
         if os.environ.get("AUTOPRUNE_DEBUG"):
             traceback.print_exc()
@@ -78,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "(the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)\n"
         )
         return FAILED
+
+
+def _cut_short(why: str, arguments: Sequence[str]) -> int:
+    sys.stderr.write(f"autoprune: {' '.join(why.split())}; {_kept(arguments[0])}:\n  {_same_line(arguments)}\n")
+    return FAILED
 
 
 def _kept(command: str) -> str:
@@ -299,8 +306,10 @@ def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None =
             folder = base / name
             folder.mkdir(parents=True, exist_ok=True)
         save(config, folder / "config.yaml")
-        handler = logging.FileHandler(folder / "log.txt")
+        handler = _Log(folder / "log.txt")
     except OSError as error:
+        if is_full(error):
+            raise StorageError(f"the disk is full: {folder} cannot be written") from error
         raise InputError(f"output={config['output']}: cannot write to {folder}: {error.strerror}") from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("autoprune")
@@ -308,6 +317,17 @@ def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None =
     logger.addHandler(handler)
     logger.propagate = False
     return folder
+
+
+class _Log(logging.FileHandler):
+    """A run's log; a run is worth more than it, so that what cannot be written is said once and left out."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        if not self.said:
+            sys.stderr.write(f"the log {self.baseFilename} cannot be written ({sys.exception()}): the run goes on\n")
+        self.said = True
 
 
 def _watched() -> Screen:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -21,12 +22,13 @@ from scipy.stats import t as student
 from autoprune import __version__, components, run
 from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
-from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, Task
+from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, StorageError, Task
 from autoprune.evaluate import Scoring
 from autoprune.final import healed, test
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.result import Result
 from autoprune.workers import WorkersLostError
+from autoprune.writing import append, whole
 
 FILES = ("comparison.csv", "comparison.md", "comparison.svg")
 BATCHES = 8  # of training, for what answers get before they are fine-tuned
@@ -132,7 +134,7 @@ def compare(
                     progress=progress,
                     **settings,
                 )
-            except (InputError, DeviceLostError, WorkersLostError):
+            except (InputError, DeviceLostError, StorageError, WorkersLostError):
                 raise
             except RuntimeError as error:
                 progress.say(f"{name} under {key[0]}, seed {seed} failed and is left out: {error}")
@@ -141,8 +143,9 @@ def compare(
             row = _row(task, result, key, digest, recovery)
             _append(file, row)
         rows.append(row)
-        (folder / FILES[1]).write_text("\n".join(table(rows)) + "\n")
-        (folder / FILES[2]).write_text(plot(rows))
+        for name, content in zip(FILES[1:], ("\n".join(table(rows)) + "\n", plot(rows)), strict=True):
+            with whole(folder / name) as temporary:
+                temporary.write_text(content)
     return tuple(rows)
 
 
@@ -258,9 +261,9 @@ def read(file: Path) -> tuple[Row, ...]:
 
 
 def _append(file: Path, row: Row) -> None:
-    values, new = asdict(row), not file.exists()
-    with file.open("a", newline="") as opened:
-        writer = csv.DictWriter(opened, list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
+    values, text = asdict(row), io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(values))
+    if not file.exists() or not file.stat().st_size:
+        writer.writeheader()
+    writer.writerow(values)
+    append(file, text.getvalue())

@@ -9,6 +9,7 @@ from typing import Any
 
 from autoprune.components import CONF, bind, names
 from autoprune.core import InputError
+from autoprune.writing import whole
 
 GROUPS = ("task", "space", "strategy", "criterion", "device", "energy", "evaluator", "workers", "finetune")
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
@@ -121,7 +122,8 @@ def save(config: Mapping[str, Any], path: Path) -> None:
     """Write a configuration as YAML, which config_of reads again."""
     from omegaconf import OmegaConf
 
-    OmegaConf.save(OmegaConf.create(dict(config)), path)
+    with whole(path) as temporary:
+        OmegaConf.save(OmegaConf.create(dict(config)), temporary)
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -42,6 +42,11 @@ class DeviceLostError(RuntimeError):
     what was scored is kept."""
 
 
+class StorageError(RuntimeError):
+    """What a search must keep cannot be kept: a disk is full, or the study's database was lost. What was scored before
+    is kept."""
+
+
 # ------------------------------------------------------------------------------------------------- what can be cut
 
 

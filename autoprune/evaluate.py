@@ -35,6 +35,7 @@ from autoprune.core import (
     Measurement,
     Meter,
     Recovery,
+    StorageError,
     Task,
     Trial,
     all_met,
@@ -49,6 +50,7 @@ from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, re
 from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
+from autoprune.writing import is_full
 
 LOG = logging.getLogger("autoprune")
 Likeness = tuple[int | None, Recovery, float]
@@ -169,9 +171,11 @@ class Evaluator:
                 began = time.perf_counter()
                 try:
                     trial = self._evaluate(number, candidate, outcome)
-                except DeviceLostError:
+                except (DeviceLostError, StorageError):
                     raise
-                except Exception as error:  # noqa: BLE001, a failed candidate is a trial with its error
+                except Exception as error:  # a failed candidate is a trial with its error
+                    if is_full(error):
+                        raise StorageError(f"the disk is full: {error}") from error
                     trial = Trial(number=number, candidate=candidate, error=f"{type(error).__name__}: {error}")
             seconds = 0.0 if outcome is None else outcome.seconds
             trial = replace(trial, seconds=seconds + time.perf_counter() - began)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from autoprune.core import PruningSpace
+from autoprune.core import PruningSpace, StorageError
 from autoprune.traced import tensors_of
 from autoprune.units import Labels
+from autoprune.writing import whole
 
 LOG = logging.getLogger("autoprune")
 SQLITE = "sqlite:///"
@@ -69,12 +69,11 @@ class Networks:
             self._memory[digest] = tensors
             return
         path = self.folder / f"{digest}.safetensors"
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(dict(tensors), temporary, {"sha256": _checksum(tensors)})
-            temporary.replace(path)
-        except (OSError, safetensors.SafetensorError) as error:
+            with whole(path) as temporary:
+                safetensors.torch.save_file(dict(tensors), temporary, {"sha256": _checksum(tensors)})
+        except (OSError, StorageError, safetensors.SafetensorError) as error:
             LOG.warning("networks cannot be kept in %s (%s): they stay in memory", self.folder, error)
             self._memory[digest] = tensors
 

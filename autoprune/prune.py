@@ -26,6 +26,7 @@ from autoprune.reconstruct import Reconstruction
 from autoprune.space import Space, trace
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
+from autoprune.writing import whole
 
 FORMAT = 1
 Inputs = tuple[Tensor, ...] | Tensor | Mapping[str, Tensor]  # what a model is called with
@@ -117,7 +118,8 @@ class RatioTable:
                 for g in self.groups
             },
         }
-        Path(path).write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110))
+        with whole(Path(path)) as temporary:
+            temporary.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110))
 
     @staticmethod
     def load(path: str | Path) -> RatioTable:

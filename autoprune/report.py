@@ -32,6 +32,7 @@ from rich.table import Column, Table
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
 from autoprune.page import RATIO, SMOOTHED, amount, html, percent, points, warm_up_mean, with_interval
+from autoprune.writing import whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -316,23 +317,26 @@ def rewrite(folder: Path) -> None:
         page = html(values, trials)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UndefinedError) as error:
         raise InputError(f"{folder} holds no finished search: {type(error).__name__}: {error}") from error
-    (folder / "report.html").write_text(page)
+    with whole(folder / "report.html") as temporary:
+        temporary.write_text(page)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _write_weights(model: nn.Module, path: Path) -> None:
     import safetensors.torch
 
-    safetensors.torch.save_model(copy.deepcopy(model).cpu(), str(path))
+    with whole(path) as temporary:
+        safetensors.torch.save_model(copy.deepcopy(model).cpu(), str(temporary))
 
 
 def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> None:
     costs = sorted({name for trial in trials for name in trial.costs})
     predicted = sorted({name for trial in trials for name in trial.predicted})
-    with path.open("w", newline="") as file:
+    with whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         head = ["number", "recovery", "parent", "about", "score", "score_low", "score_high", "loss", "loss_change"]
         head += ["loss_change_low", "loss_change_high", *costs, *(f"predicted {c}" for c in predicted), "measured"]

@@ -14,7 +14,6 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from autoprune.borrowing import arguments, to_device
-from autoprune.core import InputError, Task
+from autoprune.core import InputError, StorageError, Task
+from autoprune.writing import whole
 
 CHUNKS = 20
 STRATUM = 20  # images drawn of each stratum
@@ -290,9 +290,8 @@ def write_cached(path: Path | None, scored: Scored) -> None:
     """Keep scores; where that cannot be done the log says so."""
     if path is None:
         return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(asdict(scored)))
-        temporary.replace(path)
-    except OSError as error:  # a score is worth more than its copy
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps(asdict(scored)))
+    except (OSError, StorageError) as error:  # a score is worth more than its copy
         logging.getLogger("autoprune").warning("the cache in %s cannot be written: %s", path.parent, error)

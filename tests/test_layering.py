@@ -10,6 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
+    {"writing"},
     {"units", "borrowing", "keywords", "handing"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {

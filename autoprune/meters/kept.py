@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from autoprune.core import InputError, Measurement, Meter
 from autoprune.meters.device import Device
 from autoprune.meters.profile import dense_of, path_of
+from autoprune.writing import whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +43,6 @@ def measured(
             ) from error
     found = dense_of(meter, device, model, inputs)
     if path is not None and found.decided:
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"facts": facts, "dense": asdict(found)}))
-        temporary.replace(path)
+        with whole(path) as temporary:
+            temporary.write_text(json.dumps({"facts": facts, "dense": asdict(found)}))
     return found

@@ -31,6 +31,7 @@ from scipy.stats import t as student
 from autoprune.core import Measurement
 from autoprune.meters.device import Device, fresh
 from autoprune.meters.wire import packed
+from autoprune.writing import append
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -171,8 +172,7 @@ class Latency:
 
     def _keep(self, answer: Mapping[str, Any]) -> None:
         if self.readings is not None:
-            with self.readings.open("a") as file:
-                file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **answer}) + "\n")
+            append(self.readings, json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **answer}) + "\n")
 
 
 def quiet_readings(

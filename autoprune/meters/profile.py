@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -29,6 +28,7 @@ from autoprune.meters.device import Device, MeasuringError, WarmWorker, WorkerLo
 from autoprune.meters.fitted import By, FittedCost, Sample, Shape, better, fit
 from autoprune.meters.latency import Latency
 from autoprune.meters.wire import packed
+from autoprune.writing import whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -182,9 +182,8 @@ def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
 def save(folder: Path, table: CostTable) -> Path:
     """Write a table, whole or not at all."""
     path = path_of(folder, table.facts)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(table.to_json()))
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(table.to_json()))
     return path
 
 

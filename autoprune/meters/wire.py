@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoprune.core import InputError
+from autoprune.core import InputError, StorageError
+from autoprune.writing import room
 
 
 def packed(model: nn.Module, inputs: Sequence[Tensor], runtime: str) -> dict[str, Any]:
@@ -59,11 +60,13 @@ def _exported(model: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Any]:
     problems = []
     for dynamo in (False, True):
         try:
-            with _quiet(), tempfile.TemporaryDirectory() as folder:
+            with _quiet(), room(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.onnx"
                 settings = {"input_names": names, "dynamo": dynamo, "external_data": False, "verbose": False}
                 torch.onnx.export(subject, given, path, **settings)  # type: ignore[arg-type]
                 content = path.read_bytes()
+        except StorageError:
+            raise
         except Exception as error:  # noqa: BLE001, exporters raise of everything
             problems.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
