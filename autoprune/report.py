@@ -97,7 +97,7 @@ class Screen:
 
     def say(self, line: str) -> None:
         self._logger.info(line)
-        self._console.print(line, highlight=False)
+        self._console.print(line, highlight=False, markup=False)
 
     def _finish(self) -> None:
         if self._task is not None:
