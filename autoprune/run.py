@@ -37,7 +37,8 @@ from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.space import Space, trace
-from autoprune.study import Study, check_storage
+from autoprune.storage import check_storage
+from autoprune.study import Study
 from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
 from autoprune.workers import Workers
@@ -113,8 +114,15 @@ def search(
         planner: Strategy = build(prices.traced.space, prices.steered, prices.limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
-        study = Study(storage, name, fingerprint=fingerprint, space=prices.traced.space, budgets=prices.limits)
-        answer = searched(planner, evaluator, prices, study, final, progress, crew)
+        with Study(
+            storage,
+            name,
+            fingerprint=fingerprint,
+            space=prices.traced.space,
+            budgets=prices.limits,
+            progress=progress,
+        ) as study:
+            answer = searched(planner, evaluator, prices, study, final, progress, crew)
     result = concluded(
         evaluator,
         prices,

@@ -6,30 +6,36 @@ user attribute, so that a replay is exact. A failed candidate is a trial in stat
 
 from __future__ import annotations
 
+import itertools
 import json
-import sqlite3
-import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeVar
 
 import optuna
-import sqlalchemy
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from autoprune.core import Budget, InputError, PruningSpace, Trial
+from autoprune.core import Budget, InputError, Progress, PruningSpace, Silent, Trial
+from autoprune.lease import KEY, Lease
+from autoprune.storage import leave, open_storage, patiently, shown
 
 SCHEMA = 1
-MAKING = 20  # tries at making the tables
+
+Given = TypeVar("Given")
 
 
 class Study:
-    """The trials of one search in an Optuna storage.
+    """The trials of one search in an Optuna storage, which was checked (check_storage), held by it alone until it is
+    closed. A storage that is out of reach is waited for.
 
     fingerprint: everything that the trials depend on; a study of another fingerprint is refused, naming what differs.
+
+    Raises:
+        InputError: it is refused, or another search holds it.
+        StorageError: of every method, the storage failed or stayed out of reach.
     """
 
     def __init__(
@@ -40,57 +46,90 @@ class Study:
         fingerprint: Mapping[str, Any],
         space: PruningSpace,
         budgets: Sequence[Budget],
+        progress: Progress = Silent(),
     ) -> None:
         self.storage, self.name = storage, name
-        self._space = space
+        self._space, self._progress = space, progress
         self._costs = list(dict.fromkeys(b.cost for b in budgets))
+        self._lease: Lease | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._opened = self._patiently(partial(open_storage, storage))
         directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * len(self._costs)]
-        with _usable(storage):
-            self._study = optuna.create_study(
-                storage=_open(storage), study_name=name, directions=directions, load_if_exists=True
-            )
-            self._check(json.loads(json.dumps({"schema": SCHEMA, **fingerprint})))
+        make = partial(optuna.create_study, storage=self._opened, study_name=name, directions=directions)
+        self._study = self._patiently(partial(make, load_if_exists=True))
+        mine = json.loads(json.dumps({"schema": SCHEMA, **fingerprint}))
+        try:
+            self._check(mine)
+            self._hold()
+            if not self._check(mine):  # nor was it given another meanwhile
+                self._patiently(partial(self._begin, mine))
+        except BaseException:
+            self.close()
+            raise
 
-    def _check(self, fingerprint: dict[str, Any]) -> None:
-        known = self._study.user_attrs.get("fingerprint")
-        if known is None and (self._study.get_trials(deepcopy=False) or self._study.user_attrs):
-            raise InputError(
-                f"study '{self.name}' in {self.storage} was not made by autoprune: choose another study.name"
-            )
-        if known is None:
-            self._study.set_user_attr("fingerprint", fingerprint)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._study.set_metric_names(["score", *self._costs])
-        elif known != fingerprint:
+    def __enter__(self) -> Study:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other searches have it."""
+        if self._lease is not None:
+            self._lease.let_go()
+        leave(self._opened)
+
+    def _patiently(self, call: Callable[[], Given]) -> Given:
+        return patiently(self.storage, call, self._progress)
+
+    def _hold(self) -> None:
+        if isinstance(self._opened, optuna.storages.RDBStorage):
+            study_id = self._patiently(partial(self._opened.get_study_id_from_name, self.name))
+            lease = Lease(self._opened.engine, study_id, f"'{self.name}' in {shown(self.storage)}")
+            self._patiently(partial(lease.take, self._progress.say))
+            self._lease = lease
+
+    def _check(self, fingerprint: Mapping[str, Any]) -> bool:
+        """Whether the study has this fingerprint already. Raises InputError where it has another."""
+        attributes = self._patiently(lambda: self._study.user_attrs)
+        known, place = attributes.get("fingerprint"), f"study '{self.name}' in {shown(self.storage)}"
+        if known is None and (attributes.keys() - {KEY} or self._patiently(self._study.get_trials)):
+            raise InputError(f"{place} was not made by autoprune: choose another study.name")
+        if known is not None and known != fingerprint:
             keys = [k for k in {**known, **fingerprint} if known.get(k) != fingerprint.get(k)]
             changes = (f"{k} was {_short(known.get(k))}, is {_short(fingerprint.get(k))}" for k in keys)
-            raise InputError(
-                f"study '{self.name}' in {self.storage} belongs to another search ({'; '.join(changes)}): "
-                "choose another study.name"
-            )
+            raise InputError(f"{place} belongs to another search ({'; '.join(changes)}): choose another study.name")
+        return known is not None
+
+    def _begin(self, fingerprint: Mapping[str, Any]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(["score", *self._costs])
+        self._study.set_user_attr("fingerprint", fingerprint)
 
     def trials(self) -> tuple[Trial, ...]:
         """What was recorded, in order, up to the first gap."""
-        found: dict[int, Trial] = {}
-        for frozen in self._study.get_trials(deepcopy=False):
-            if "trial" in frozen.user_attrs:
-                trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
-                if trial.number in found:  # recorded anew from here on, see run.py
-                    found = {number: known for number, known in found.items() if number < trial.number}
-                found[trial.number] = trial
-        ordered: list[Trial] = []
-        while len(ordered) in found:
-            ordered.append(found[len(ordered)])
-        return tuple(ordered)
+        found: dict[int, str] = {}
+        for frozen in self._patiently(partial(self._study.get_trials, deepcopy=False)):
+            if text := frozen.user_attrs.get("trial"):
+                number = json.loads(text)["number"]
+                if found.get(number) == text:
+                    continue  # written twice, the answer to the first having been lost
+                if number in found:  # recorded anew from here on, see answer.settled
+                    found = {earlier: known for earlier, known in found.items() if earlier < number}
+                found[number] = text
+        numbers = itertools.takewhile(found.__contains__, itertools.count())
+        return tuple(Trial.from_json(json.loads(found[number])) for number in numbers)
 
     def record(self, trial: Trial) -> None:
-        """Write a finished trial, whole or not at all."""
+        """Write a finished trial, whole or not at all, and once."""
         named = self._space.named(trial.candidate.ratios)
         failed = trial.error is not None
+        text = json.dumps(trial.to_json())
         attributes = {
-            "trial": json.dumps(trial.to_json()),
+            "trial": text,
             "recovery": trial.candidate.recovery,
             "parent": trial.candidate.parent,
             "about": dict(trial.candidate.about),
@@ -99,68 +138,25 @@ class Study:
             "score_interval": [trial.score_low, trial.score_high],
             "costs": {name: f"{m.value:.6g} {m.unit} ({m.kind})" for name, m in trial.costs.items()},
         }
-        self._study.add_trial(
-            create_trial(
-                state=TrialState.FAIL if failed else TrialState.COMPLETE,
-                values=None if failed else [trial.score, *(trial.costs[c].value for c in self._costs)],
-                params=named,
-                distributions={
-                    g.name: optuna.distributions.FloatDistribution(0.0, max(g.levels[-1], 1e-9))
-                    for g in self._space.groups
-                },
-                user_attrs=attributes | ({"error": trial.error} if failed else {"feasible": trial.feasible}),
-            )
+        frozen = create_trial(
+            state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            values=None if failed else [trial.score, *(trial.costs[c].value for c in self._costs)],
+            params=named,
+            distributions={
+                g.name: optuna.distributions.FloatDistribution(0.0, max(g.levels[-1], 1e-9)) for g in self._space.groups
+            },
+            user_attrs=attributes | ({"error": trial.error} if failed else {"feasible": trial.feasible}),
         )
+        tries = itertools.count()
 
+        def write() -> None:
+            if self._lease is not None:
+                self._lease.renew()
+            if next(tries) and any(known.user_attrs.get("trial") == text for known in self._study.get_trials()):
+                return  # it was written, and the answer to that was lost
+            self._study.add_trial(frozen)
 
-def check_storage(storage: str | None) -> None:
-    """Raises InputError where no study could be kept, before any time is spent on one."""
-    with _usable(storage):
-        _open(storage).get_all_studies()
-
-
-@contextmanager
-def _usable(storage: str | None) -> Iterator[None]:
-    """Errors of the storage inside are the user's."""
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, OSError, ImportError) as error:
-        first = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise InputError(f"study.storage={storage} cannot be used: {first}") from error
-
-
-def _open(storage: str | None) -> optuna.storages.BaseStorage:
-    """An Optuna storage by URL, in memory for None; SQLite in write-ahead mode, ten times faster a trial."""
-    if storage is None:
-        return optuna.storages.InMemoryStorage()
-    if not storage.startswith("sqlite:///"):
-        return optuna.storages.RDBStorage(storage)
-    path = Path(storage.removeprefix("sqlite:///"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    opened = _made(storage)
-    sqlalchemy.event.listen(opened.engine, "connect", _write_ahead)
-    opened.engine.dispose()  # connections made before the listener
-    return opened
-
-
-def _made(storage: str) -> optuna.storages.RDBStorage:
-    """An SQLite storage, its tables made where there are none: again where another search makes them at this instant,
-    which Optuna does not foresee."""
-    tries = MAKING
-    while True:
-        try:
-            return optuna.storages.RDBStorage(storage, engine_kwargs={"connect_args": {"timeout": 60}})
-        except sqlalchemy.exc.DatabaseError as error:
-            tries -= 1
-            raced = isinstance(error, sqlalchemy.exc.IntegrityError) or "already exists" in str(error)
-            if not (raced and tries):
-                raise
-        time.sleep(0.2)
-
-
-def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+        self._patiently(write)
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_study import study_of, trial
 from torch import nn
 
 from autoprune import cli, report
@@ -22,6 +23,7 @@ from autoprune.core import Candidate, Measurement, StorageError
 from autoprune.lineage import Networks
 from autoprune.result import Result
 from autoprune.scores import Scored, read_cached, write_cached
+from autoprune.storage import check_storage
 from autoprune.writing import append, whole
 
 
@@ -116,6 +118,33 @@ def test_copies_are_left_out_where_they_do_not_fit(disk: Disk, caplog: pytest.Lo
     assert [p.name for p in folder.rglob("*.*")] == ["fits.json"]
 
 
+def test_a_study_goes_on_from_all_that_was_recorded(disk: Disk) -> None:
+    """Where there is no room for the tables, for the journal, for the study, and for the trials to come."""
+    wanted, ends = tuple(map(trial, range(30))), []
+    for kib in (4, 16, 200, 270, 340):
+        path = disk.of(kib) / "studies.db"
+        url, recorded = f"sqlite:///{path}", 0
+        try:
+            check_storage(url)
+            with study_of(url) as study:
+                for each in wanted:
+                    study.record(each)
+                    recorded += 1
+        except StorageError as error:
+            ends.append((kib, str(error).partition(" (")[0], recorded))
+        disk.free()
+        with study_of(url) as study:
+            known = study.trials()
+            assert known == wanted[: len(known)]
+            assert len(known) >= recorded, "of what was recorded nothing is lost"
+            for each in wanted[len(known) :]:
+                study.record(each)
+        with study_of(url) as study:
+            assert study.trials() == wanted
+    assert {said for _, said, _ in ends} == {f"the disk is full: {path} cannot be written"}
+    assert [recorded > 0 for _, _, recorded in ends] == [False, False, False, True, True], ends
+
+
 @pytest.fixture(scope="module")
 def result() -> Result:
     from test_run import searched
@@ -154,6 +183,8 @@ def test_a_folder_on_a_full_disk_is_no_wrong_input(disk: Disk) -> None:
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
         (folder / "there").write_text("full")
     check_writable(folder, "evaluator.cache")  # an empty file takes no page
+    with pytest.raises(StorageError, match=f"the disk is full: {folder}/studies.db cannot be written"):
+        check_storage(f"sqlite:///{folder}/studies.db")
 
 
 class Appending:
@@ -190,3 +221,43 @@ def test_a_full_disk_ends_a_comparison(
     monkeypatch.setattr("autoprune.run.search", searched)
     assert cli.main(["compare", *SMALL.split(), "seeds=[0]"]) == 1
     assert "autoprune: the disk is full: " in capsys.readouterr().err
+
+
+LINE = (
+    "search budget=flops_50pct task._target_=tiny.make_task strategy=netadapt strategy.initial=0.2 strategy.screen=1 "
+    "evaluator.images=200 evaluator.recalibration=1 evaluator.short.epochs=0.05 finetune.epochs=0.1"
+).split()
+
+
+@pytest.mark.slow
+def test_a_search_on_a_full_disk_ends_in_one_line_and_goes_on(
+    disk: Disk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def searched(**places: Path) -> tuple[int, str]:
+        at = {"output": tmp_path, "study": tmp_path, "cache": tmp_path} | places
+        words = [f"output={at['output']}/runs", f"study.storage=sqlite:///{at['study']}/studies.db"]
+        status = cli.main([*LINE, *words, f"evaluator.cache={at['cache']}/cache"])
+        return status, capsys.readouterr().err
+
+    assert searched()[0] == 0
+    expected = [path.read_bytes() for path in tmp_path.rglob("ratios.yaml")]
+    cases: list[tuple[tuple[str, ...], int, int]] = [
+        (("output",), 4, 1),
+        (("cache",), 8, 0),
+        (("output", "study", "cache"), 250, 1),
+    ]
+    for what, kib, ends in cases:
+        place = disk.of(kib)
+        status, err = searched(**dict.fromkeys(what, place))
+        told = [line for line in err.splitlines() if line.startswith("autoprune: ")]
+        assert status == ends, (what, kib, err)
+        assert len(told) == ends
+        assert all(f"the disk is full: {place}/" in line for line in told)
+        assert all(line.endswith("; what was scored is kept. To go on:") for line in told)
+        assert "Traceback" not in err
+        assert not list(place.rglob("*.tmp"))
+        disk.free()
+        status, err = searched(**dict.fromkeys(what, place))
+        assert status == 0, err
+        newest = max(Path(place if "output" in what else tmp_path).rglob("ratios.yaml"))
+        assert [newest.read_bytes()] == expected, (what, kib)

@@ -26,7 +26,7 @@ LAYERS = [
     {"tracing", "blocks", "probe", "proof", "agent"},
     {"masks"},
     {"space"},
-    {"lineage", "prune", "recover", "scores", "strategies", "tasks"},
+    {"lease", "lineage", "prune", "recover", "scores", "storage", "strategies", "tasks"},
     {"components", "result", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread"},
@@ -43,7 +43,7 @@ NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "finalists", "prun
 ONLY_IN = {
     "stable_baselines3": {"agent.py"},
     "gymnasium": {"pruning_env.py"},
-    "optuna": {"study.py", "strategies/optuna_sampler.py"},
+    "optuna": {"storage.py", "study.py", "strategies/optuna_sampler.py"},
     "ray": {"workers.py"},
     "omegaconf": {"configuration.py"},
     "hydra": {"configuration.py"},
