@@ -6,7 +6,6 @@ Letters: G groups, U units of one group.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from autoprune import criteria
+from autoprune import criteria, untrusted
 from autoprune.core import InputError, PruningSpace
 from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
@@ -129,11 +128,11 @@ class RatioTable:
             InputError: no such file, or not a ratio table of this format.
         """
         try:
-            values = yaml.safe_load(Path(path).read_text())
+            values = untrusted.yaml_of(path)
         except OSError as error:
             raise InputError(f"ratio table {path}: {error.strerror or error}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"ratio table {path} is not YAML: {str(error).splitlines()[0]}") from error
+        except untrusted.DAMAGED as error:
+            raise InputError(f"ratio table {path} is not YAML that can be read: {error}") from error
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise InputError(f"{path} is not a ratio table of format {FORMAT}; give the ratios.yaml of a search")
         try:
@@ -143,10 +142,12 @@ class RatioTable:
                 weights=str(values["weights"]),
                 criterion=str(values["criterion"]),
                 grain=str(values["grain"]),
-                budgets=tuple(values["budgets"]),
-                provenance=values["provenance"],
+                budgets=tuple(dict(budget) for budget in values["budgets"]),
+                provenance=dict(values["provenance"] or {}),
             )
-        except (KeyError, TypeError, AttributeError, binascii.Error) as error:
+        except InputError:
+            raise
+        except untrusted.DAMAGED as error:
             raise InputError(f"ratio table {path} is damaged: {type(error).__name__} {error}") from error
 
     def prune(
@@ -224,8 +225,9 @@ class RatioTable:
         traced = self._match(model, inputs)
         smaller = traced.cut(model, [np.arange(len(g.units)) for g in self.groups])
         try:
+            untrusted.check_tensors(weights, {name: t.shape for name, t in smaller.state_dict().items()})
             safetensors.torch.load_model(smaller, weights)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        except (RuntimeError, *untrusted.DAMAGED) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{weights} does not hold the weights of this pruned network: {first}") from error
         return named(smaller)
@@ -262,9 +264,12 @@ class RatioTable:
 
 
 def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
-    size, units = row["size"], tuple(row["units"]) if "units" in row else _unpacked(row["bits"], row["size"])
+    size, place = row["size"], f"ratio table {path}: group '{name}'"
+    if not isinstance(name, str) or not all(isinstance(member, str) for member in row["members"]):
+        raise InputError(f"ratio table {path}: the names of group '{name}' and of its members must be text")
+    units = tuple(row["units"]) if "units" in row else _unpacked(row["bits"], size, place)
     least = 0 if row.get("kind") == "block" else 1
-    whole = isinstance(size, int) and all(type(u) is int for u in units)
+    whole = type(size) is int and all(type(u) is int for u in units)
     if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not least <= len(units) <= size:
         raise InputError(f"ratio table {path}: group '{name}' must keep {least} to {size} distinct ascending units")
     if units and (units[0] < 0 or units[-1] >= size):
@@ -279,13 +284,19 @@ def _packed(group: TableGroup) -> str:
     return base64.b64encode(np.packbits(kept).tobytes()).decode()
 
 
-def _unpacked(bits: str, size: int) -> tuple[int, ...]:
-    kept = np.unpackbits(np.frombuffer(base64.b64decode(bits), dtype=np.uint8), count=size)
+def _unpacked(bits: str, size: int, place: str) -> tuple[int, ...]:
+    packed = base64.b64decode(bits, validate=True)
+    if type(size) is not int or len(packed) != (size + 7) // 8:
+        raise InputError(f"{place} must have a bit for each of its units, got {8 * len(packed)} for {size}")
+    kept = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=size)
     return tuple(np.flatnonzero(kept).tolist())
 
 
 class _Dumper(yaml.SafeDumper):
-    """Lists on one line, mappings in blocks: a table that people can read."""
+    """Lists on one line, mappings in blocks: a table that people can read, and every value where it is."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 _Dumper.add_representer(

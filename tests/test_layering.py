@@ -11,7 +11,7 @@ PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
     {"writing"},
-    {"units", "borrowing", "keywords", "handing"},
+    {"units", "borrowing", "keywords", "handing", "untrusted"},
     {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
     {
         "label_rules",

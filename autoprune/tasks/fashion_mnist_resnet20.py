@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from autoprune import untrusted
 from autoprune.core import InputError, Task
 from autoprune.tasks.shipped import DATA, Images, check_arrays, provenance, resnet20_task
 
 NAME = "fashion_mnist_resnet20"
+MOST = 60_000  # images of a split
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -53,8 +52,8 @@ def _shipped() -> dict[str, Images]:
 def _read_idx(folder: Path) -> dict[str, Images]:
     arrays: dict[str, Any] = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        arrays[f"x_{split}"] = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16)
-        arrays[f"y_{split}"] = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8)
+        arrays[f"x_{split}"] = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16, MOST * 784)
+        arrays[f"y_{split}"] = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8, MOST)
         count = len(arrays[f"y_{split}"])
         if arrays[f"x_{split}"].size != count * 784:
             raise InputError(f"task.data={folder}: {count} {split} labels do not pair with the images of 784 bytes")
@@ -62,9 +61,9 @@ def _read_idx(folder: Path) -> dict[str, Images]:
     return arrays | {"train_indices": np.arange(len(arrays["y_train"]))}
 
 
-def _idx(path: Path, header: int) -> Images:
+def _idx(path: Path, header: int, most: int) -> Images:
     try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        content = untrusted.unzipped(path, header + most)
+    except untrusted.DAMAGED as error:
         raise InputError(f"task.data: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return np.frombuffer(content, np.uint8, offset=min(header, len(content))).copy()

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
+from autoprune import untrusted
 from autoprune.core import InputError, Task
 from autoprune.tasks.images import ImageBatches
 from autoprune.tasks.resnet import ResNet
@@ -68,9 +69,11 @@ def load_weights(model: nn.Module, name: str, checkpoint: str | None) -> None:
     """
     path = Path(checkpoint) if checkpoint else DATA / f"{name}.safetensors"
     try:
-        weights = safetensors.torch.load_file(path)
-        model.load_state_dict(weights)
-    except (OSError, safetensors.SafetensorError) as error:
+        untrusted.check_tensors(path, {key: t.shape for key, t in model.state_dict().items()})
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except untrusted.MisfitError as error:
+        raise InputError(f"task.checkpoint={path} does not fit the model: {error}") from error
+    except untrusted.DAMAGED as error:
         raise InputError(f"task.checkpoint={path} cannot be read: {_first_line(error)}") from error
     except RuntimeError as error:
         mismatch = str(error).strip().splitlines()[1:2] or [str(error)]
