@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -242,6 +242,18 @@ class Measurement:
     def exact(value: float, unit: str, kind: Kind, notes: tuple[str, ...] = ()) -> Measurement:
         return Measurement(value=value, unit=unit, low=value, high=value, kind=kind, notes=notes)
 
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Measurement:
+        """Raises KeyError, TypeError or ValueError where the values are of no measurement."""
+        found = Measurement(**{**values, "notes": tuple(values["notes"])})
+        if not (is_number(found.value) and type(found.low) in NUMBERS and type(found.high) in NUMBERS):
+            raise ValueError(f"a value must be a finite number, got {found.value} [{found.low}, {found.high}]")
+        if not found.low <= found.high or found.kind not in get_args(Kind):
+            raise ValueError(f"no measurement has {found.kind} [{found.low}, {found.high}]")
+        if not all(isinstance(text, str) for text in (found.unit, found.device, *found.notes)):
+            raise TypeError("unit, device and notes must be text")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
@@ -274,20 +286,33 @@ class Trial:
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> Trial:
+        """Raises KeyError, TypeError, AttributeError or ValueError where the values are of no trial."""
         candidate = values["candidate"]
         change = values["loss_change"]
-        return Trial(
+        found = Trial(
             **{
                 **values,
                 "candidate": Candidate(**{**candidate, "ratios": tuple(candidate["ratios"])}),
-                "loss_change": None if change is None else _measurement(change),
-                "costs": {name: _measurement(m) for name, m in values["costs"].items()},
+                "loss_change": None if change is None else Measurement.from_json(change),
+                "costs": {name: Measurement.from_json(m) for name, m in values["costs"].items()},
             }
         )
+        if type(found.number) is not int or found.number < 0:
+            raise ValueError(f"a trial's number must be a whole number of 0 or more, got {found.number!r}")
+        scored = (found.score, found.loss) if found.error is None else ()
+        times = (found.seconds, found.seconds_in_forward)
+        numbers = (*scored, *times, *found.candidate.ratios, *found.predicted.values())
+        if wrong := [number for number in numbers if not is_number(number)]:
+            raise ValueError(f"trial {found.number} must hold finite numbers, got {wrong[0]!r}")
+        return found
 
 
-def _measurement(values: Mapping[str, Any]) -> Measurement:
-    return Measurement(**{**values, "notes": tuple(values["notes"])})
+NUMBERS = (int, float)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number, and no switch."""
+    return type(value) in NUMBERS and math.isfinite(value)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------------------------------------- what it costs

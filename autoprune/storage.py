@@ -20,6 +20,7 @@ import sqlalchemy
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from autoprune.core import InputError, Progress, StorageError
+from autoprune.untrusted import DAMAGED
 from autoprune.writing import is_full
 
 SQLITE = "sqlite:///"
@@ -52,7 +53,9 @@ def usable(storage: str | None) -> Iterator[None]:
     """Errors of the storage inside are the user's, but for a full disk."""
     try:
         yield
-    except (SQLAlchemyError, optuna.exceptions.OptunaError, UnreachableError, OSError, ImportError) as error:
+    except (InputError, StorageError):
+        raise
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, UnreachableError, ImportError, *DAMAGED) as error:
         if is_full(error):
             raise StorageError(f"the disk is full: {shown(storage)} cannot be written") from error
         raise InputError(f"study.storage={shown(storage)} cannot be used: {_first_line(error)}") from error
@@ -83,6 +86,14 @@ def patiently(storage: str | None, call: Callable[[], Given], progress: Progress
     Raises:
         StorageError: it stayed so for PATIENCE_S, or failed in another way.
     """
+    try:
+        return waiting(storage, call, progress)
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, OSError) as error:
+        raise StorageError(f"the study's storage {shown(storage)} failed: {_first_line(error)}") from error
+
+
+def waiting(storage: str | None, call: Callable[[], Given], progress: Progress) -> Given:
+    """As `patiently`, other failures being raised as they are."""
     began, pause = None, 1.0
     while True:
         try:
@@ -101,8 +112,6 @@ def patiently(storage: str | None, call: Callable[[], Given], progress: Progress
                 ) from error
             time.sleep(pause)
             pause = min(2 * pause, PAUSE_S)
-        except (SQLAlchemyError, optuna.exceptions.OptunaError, OSError) as error:
-            raise StorageError(f"the study's storage {shown(storage)} failed: {_first_line(error)}") from error
         else:
             if began is not None:
                 away = time.monotonic() - began

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 import optuna
 from optuna.study import StudyDirection
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.core import Budget, InputError, Progress, PruningSpace, Silent, Trial
 from autoprune.lease import KEY, Lease
-from autoprune.storage import leave, open_storage, patiently, shown
+from autoprune.storage import leave, open_storage, patiently, shown, usable, waiting
+from autoprune.untrusted import DAMAGED
 
 SCHEMA = 1
 
@@ -95,8 +96,10 @@ class Study:
         """Whether the study has this fingerprint already. Raises InputError where it has another."""
         attributes = self._patiently(lambda: self._study.user_attrs)
         known, place = attributes.get("fingerprint"), f"study '{self.name}' in {shown(self.storage)}"
-        if known is None and (attributes.keys() - {KEY} or self._patiently(self._study.get_trials)):
+        if known is None and (attributes.keys() - {KEY} or self._recorded()):
             raise InputError(f"{place} was not made by autoprune: choose another study.name")
+        if not isinstance(known, dict | None):
+            raise InputError(f"{place} is damaged: choose another study.name")
         if known is not None and known != fingerprint:
             keys = [k for k in {**known, **fingerprint} if known.get(k) != fingerprint.get(k)]
             changes = (f"{k} was {_short(known.get(k))}, is {_short(fingerprint.get(k))}" for k in keys)
@@ -110,18 +113,39 @@ class Study:
         self._study.set_user_attr("fingerprint", fingerprint)
 
     def trials(self) -> tuple[Trial, ...]:
-        """What was recorded, in order, up to the first gap."""
-        found: dict[int, str] = {}
-        for frozen in self._patiently(partial(self._study.get_trials, deepcopy=False)):
+        """What was recorded, in order, up to the first gap.
+
+        Raises:
+            InputError: the storage or a trial in it is damaged.
+        """
+        found: dict[int, tuple[str, Trial]] = {}
+        for frozen in self._recorded():
             if text := frozen.user_attrs.get("trial"):
-                number = json.loads(text)["number"]
-                if found.get(number) == text:
+                trial = self._read(frozen)
+                number = trial.number
+                if number in found and found[number][0] == text:
                     continue  # written twice, the answer to the first having been lost
                 if number in found:  # recorded anew from here on, see answer.settled
                     found = {earlier: known for earlier, known in found.items() if earlier < number}
-                found[number] = text
+                found[number] = text, trial
         numbers = itertools.takewhile(found.__contains__, itertools.count())
-        return tuple(Trial.from_json(json.loads(found[number])) for number in numbers)
+        return tuple(found[number][1] for number in numbers)
+
+    def _recorded(self) -> list[FrozenTrial]:
+        with usable(self.storage):
+            return waiting(self.storage, partial(self._study.get_trials, deepcopy=False), self._progress)
+
+    def _read(self, frozen: FrozenTrial) -> Trial:
+        try:
+            trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
+            if unpriced := [cost for cost in self._costs if trial.error is None and cost not in trial.costs]:
+                raise ValueError(f"it has no {unpriced[0]}")
+        except DAMAGED as error:
+            raise InputError(
+                f"trial {frozen.number} of study '{self.name}' in {shown(self.storage)} is damaged ({type(error).__name__}: "
+                f"{error}): choose another study.name"
+            ) from error
+        return trial
 
     def record(self, trial: Trial) -> None:
         """Write a finished trial, whole or not at all, and once."""
