@@ -373,7 +373,7 @@ class Evaluator:
             with suppress(ValueError):  # what is no candidate at all becomes a failed trial
                 self.traced.space.check(candidate.ratios)
                 path = self._cache_path(candidate)
-                if path is None or (path not in seen and read_cached(path) is None):
+                if path is None or (path not in seen and self._read(path, candidate) is None):
                     alike[like][number] = self._units(candidate.ratios)
                     seen.add(path)
         found: dict[int, Iterator[dict[int, Outcome | None]]] = {}
@@ -415,7 +415,9 @@ class Evaluator:
         return self.traced.spread(self.dense_model, tensors, self._units(earlier.ratios)).eval()
 
     def _stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
-        return None if self._networks is None else self._networks.get(self._digest(candidate))
+        if self._networks is None:
+            return None
+        return self._networks.get(self._digest(candidate), {n: t.shape for n, t in tensors_of(self.dense_model)})
 
     def _keep(self, candidate: Candidate, model: nn.Module) -> None:
         if self._networks is not None:
@@ -470,7 +472,7 @@ class Evaluator:
         if outcome is not None:
             scored: Scored | None = outcome.scored
         else:
-            scored = read_cached(path)
+            scored = self._read(path, candidate)
             cached = scored is not None
         self.hits += cached
         self.evaluations += not cached
@@ -517,6 +519,9 @@ class Evaluator:
     def _cache_path(self, candidate: Candidate) -> Path | None:
         """Where this candidate's scores are kept: a name made of everything that they depend on."""
         return None if self.cache is None else self.cache / f"{self._digest(candidate)}.json"
+
+    def _read(self, path: Path | None, candidate: Candidate) -> Scored | None:
+        return read_cached(path, len(self._sample(candidate.fidelity).weights))
 
     def _digest(self, candidate: Candidate) -> str:
         """A name made of everything that a candidate's network and its scores depend on, the same of its parent."""

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from autoprune import untrusted
 from autoprune.core import PruningSpace, StorageError
 from autoprune.traced import tensors_of
 from autoprune.units import Labels
@@ -47,17 +48,29 @@ class Networks:
         """Those that no folder holds."""
         return dict(self._memory)
 
-    def get(self, digest: str) -> Mapping[str, Tensor] | None:
-        """What was put; None where it is absent or damaged."""
+    def get(self, digest: str, within: Mapping[str, Sequence[int]] | None = None) -> Mapping[str, Tensor] | None:
+        """What was put; None where it is absent or, with a line in the log, damaged.
+
+        within: the shapes of the network that it was cut from, which it cannot exceed.
+        """
         if digest in self._memory or self.folder is None:
             return self._memory.get(digest)
+        path = self.folder / f"{digest}.safetensors"
         try:
-            with safetensors.safe_open(str(self.folder / f"{digest}.safetensors"), "pt") as file:
+            for name, shape in untrusted.shapes_of(path).items():
+                most = shape if within is None else within.get(name, ())
+                if len(shape) != len(most) or any(a > b for a, b in zip(shape, most, strict=True)):
+                    raise ValueError(f"'{name}' {list(shape)} is not cut from {list(most)}")
+            with safetensors.safe_open(str(path), "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-                whole = (file.metadata() or {}).get("sha256") == _checksum(tensors)
-        except (OSError, RuntimeError, safetensors.SafetensorError):
+                if (file.metadata() or {}).get("sha256") != _checksum(tensors):
+                    raise ValueError("its checksum is another")
+        except FileNotFoundError:
             return None
-        return tensors if whole else None
+        except (RuntimeError, *untrusted.DAMAGED) as error:
+            LOG.warning("the network kept in %s is damaged (%s) and made again", path, error)
+            return None
+        return tensors
 
     def put(self, digest: str, network: nn.Module) -> None:
         """Keep a copy of a network's tensors; in memory where the folder cannot be written."""

@@ -28,10 +28,12 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from autoprune import untrusted
 from autoprune.borrowing import arguments, to_device
 from autoprune.core import InputError, StorageError, Task
 from autoprune.writing import whole
 
+LOG = logging.getLogger("autoprune")
 CHUNKS = 20
 STRATUM = 20  # images drawn of each stratum
 EVEN = 0.3  # of the mean loss, added to each image's: a deep cut makes certain images lose too
@@ -270,20 +272,29 @@ def stratified(target: Any, total: int, count: int, seed: int) -> NDArray[np.int
     return np.asarray(order[:count], dtype=np.int64)
 
 
-def read_cached(path: Path | None) -> Scored | None:
-    """What was written there; None where nothing was, or where it is damaged."""
+def read_cached(path: Path | None, parts: int) -> Scored | None:
+    """What was written there of so many parts; None where nothing was, or, with a line in the log, where it is
+    damaged."""
     if path is None:
         return None
     try:
-        values = json.loads(path.read_text())
-        return Scored(
+        values = untrusted.json_of(path)
+        found = Scored(
             score=float(values["score"]),
-            scores=tuple(values["scores"]),
-            losses=tuple(values["losses"]),
-            sizes=tuple(values["sizes"]),
+            scores=tuple(map(float, values["scores"])),
+            losses=tuple(map(float, values["losses"])),
+            sizes=tuple(map(float, values["sizes"])),
         )
-    except (OSError, ValueError, TypeError, KeyError):
-        return None  # absent or damaged: scored again and rewritten
+        if {len(found.scores), len(found.losses), len(found.sizes)} != {parts}:
+            raise ValueError(f"it must be of {parts} parts")
+        if not all(map(math.isfinite, (found.score, *found.losses, *found.sizes))) or min(found.sizes) <= 0:
+            raise ValueError("its numbers must be finite, its sizes above 0")
+    except FileNotFoundError:
+        return None
+    except untrusted.DAMAGED as error:
+        LOG.warning("the cached score %s is damaged (%s: %s) and made again", path, type(error).__name__, error)
+        return None
+    return found
 
 
 def write_cached(path: Path | None, scored: Scored) -> None:
@@ -294,4 +305,4 @@ def write_cached(path: Path | None, scored: Scored) -> None:
         with whole(path) as temporary:
             temporary.write_text(json.dumps(asdict(scored)))
     except (OSError, StorageError) as error:  # a score is worth more than its copy
-        logging.getLogger("autoprune").warning("the cache in %s cannot be written: %s", path.parent, error)
+        LOG.warning("the cache in %s cannot be written: %s", path.parent, error)
