@@ -253,7 +253,7 @@ def table_for(
         check_writable(folder, "profile.folder")
     with warm(meter.device) as worker:
         facts = profile.key(meter.device, task.model, task.inputs, traced.space, worker.facts)
-    known = None if folder is None or refresh else profile.load(folder, facts)
+    known = None if folder is None or refresh else profile.load(folder, facts, len(traced.space.groups))
     if known is not None:
         progress.say(f"{_accuracy(known, traced, meter.device)} (kept in {folder})")
         return known

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autoprune import untrusted
 from autoprune.core import InputError, Measurement, Meter
 from autoprune.meters.device import Device
 from autoprune.meters.profile import dense_of, path_of
@@ -35,9 +36,8 @@ def measured(
     path = None if folder is None else path_of(folder, facts)
     if path is not None and path.exists():
         try:
-            values = json.loads(path.read_text())["dense"]
-            return Measurement(**{**values, "notes": tuple(values["notes"])})
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return Measurement.from_json(untrusted.json_of(path)["dense"])
+        except untrusted.DAMAGED as error:
             raise InputError(
                 f"the measurement {path} is damaged ({type(error).__name__}: {error}): delete it"
             ) from error

@@ -17,13 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from autoprune import __version__
+from autoprune import __version__, untrusted
 from autoprune.borrowing import arguments, evaluating, seeded
-from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width, width_of
+from autoprune.core import InputError, Measurement, Meter, PruningSpace, Width, is_number, width_of
 from autoprune.meters.device import Device, MeasuringError, WarmWorker, WorkerLostError, settings, warm
 from autoprune.meters.fitted import By, FittedCost, Sample, Shape, better, fit
 from autoprune.meters.latency import Latency
@@ -120,8 +120,8 @@ class CostTable:
         def width(side: Sequence[Any]) -> Width:
             return float(side[0]), {int(g): float(each) for g, each in side[1]}
 
-        return CostTable(
-            dense=Measurement(**{**values["dense"], "notes": tuple(values["dense"]["notes"])}),
+        table = CostTable(
+            dense=Measurement.from_json(values["dense"]),
             samples=tuple(Sample(tuple(s["kept"]), s["total"], s["layers"]) for s in values["samples"]),
             held_out=int(values["held_out"]),
             shapes={
@@ -131,6 +131,32 @@ class CostTable:
             by=values["by"],
             facts=dict(values["facts"]),
         )
+        table._check()
+        return table
+
+    def _check(self) -> None:
+        """Raises ValueError where the parts do not go together."""
+        groups = {len(s.kept) for s in self.samples}
+        known = range(min(groups, default=0))
+        times = [time for s in self.samples for time in (s.total, *s.layers.values())]
+        sides = [side for shape in self.shapes.values() for side in shape.sides]
+        rules = {
+            f"held_out < {len(self.samples)} samples": 1 <= self.held_out < len(self.samples),
+            "as many widths in every sample": len(groups) == 1,
+            "widths of whole numbers": all(type(n) is int and n >= 0 for s in self.samples for n in s.kept),
+            "finite times": all(is_number(time) and time >= 0 for time in times),
+            "times of networks above 0": all(s.total > 0 for s in self.samples),
+            "a dense time above 0": self.dense.value > 0,
+            f"by one of {', '.join(get_args(By))}": self.by in get_args(By),
+            "shapes for all layers": all(set(s.layers) <= set(self.shapes) for s in self.samples),
+            "finite work": all(is_number(shape.work) for shape in self.shapes.values()),
+            "finite widths of layers": all(math.isfinite(n) for fixed, of in sides for n in (fixed, *of.values())),
+            "sides of groups that are there": all(g in known for _, of in sides for g in of),
+            "gates that are there": all(shape.gate in (None, *known) for shape in self.shapes.values()),
+        }
+        for rule, kept in rules.items():
+            if not kept:
+                raise ValueError(f"it must have {rule}")
 
 
 def key(
@@ -161,8 +187,8 @@ def path_of(folder: Path, facts: Mapping[str, Any]) -> Path:
     return folder / f"{digest}.json"
 
 
-def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
-    """The table for these facts; None if there is none.
+def load(folder: Path, facts: Mapping[str, Any], groups: int | None = None) -> CostTable | None:
+    """The table for these facts, of so many groups; None if there is none.
 
     Raises:
         InputError: the file is damaged.
@@ -171,12 +197,17 @@ def load(folder: Path, facts: Mapping[str, Any]) -> CostTable | None:
     if not path.exists():
         return None
     try:
-        return CostTable.from_json(json.loads(path.read_text()))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        table = CostTable.from_json(untrusted.json_of(path))
+        if table.facts != json.loads(json.dumps(facts)):
+            raise ValueError("its facts are of another device, model or version")
+        if groups not in (None, len(table.samples[0].kept)):
+            raise ValueError(f"it is of {len(table.samples[0].kept)} groups, the model has {groups}")
+    except untrusted.DAMAGED as error:
         raise InputError(
             f"the cost table {path} is damaged ({type(error).__name__}: {error}): delete it, or measure it again with "
             "python -m autoprune profile"
         ) from error
+    return table
 
 
 def save(folder: Path, table: CostTable) -> Path:
