@@ -55,6 +55,8 @@ def check_seed(seed: object) -> None:
     """Raises InputError unless this is a whole number of 0 or more."""
     if type(seed) is not int or seed < 0:
         raise InputError(f"seed must be a whole number of 0 or more, got {seed!r}")
+    if seed >= 2**63:
+        raise InputError(f"seed must be below 2**63, got {seed}")
 
 
 def check_place(place: str, what: str) -> None:

@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any
 from autoprune.components import make_task
 from autoprune.configuration import command_help, config_of, configured, made, save
 from autoprune.core import Budget, DeviceLostError, InputError, StorageError
+from autoprune.workers import WorkersLostError
 from autoprune.writing import is_full
 
 if TYPE_CHECKING:
     from autoprune.report import Screen
 
 MET, FAILED, WRONG_INPUT, NOT_MET, INTERRUPTED = 0, 1, 2, 3, 130
+LONGEST = 4000  # characters of an error
 
 HELP = """autoprune finds how much to prune from each layer of a trained PyTorch network under a hard budget.
 
@@ -61,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return COMMANDS[command](rest)
     except InputError as error:
-        sys.stderr.write(f"autoprune: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"autoprune: {_one_line(error)}\n")
         return WRONG_INPUT
-    except (DeviceLostError, StorageError) as error:
-        return _cut_short(str(error), arguments)
+    except (DeviceLostError, StorageError, WorkersLostError) as error:
+        return _cut_short(error, arguments)
     except KeyboardInterrupt:
         sys.stderr.write(f"\nautoprune: interrupted; {_kept(command)}:\n  {_same_line(arguments)}\n")
         return INTERRUPTED
@@ -74,17 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger("autoprune").error("%s", traceback.format_exc())
         if os.environ.get("AUTOPRUNE_DEBUG"):
             traceback.print_exc()
-        text = " ".join(str(error).split()) or "no message"
         sys.stderr.write(
-            f"autoprune: failed, {type(error).__name__}: {text} "
+            f"autoprune: failed, {type(error).__name__}: {_one_line(error) or 'no message'} "
             "(the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)\n"
         )
         return FAILED
 
 
-def _cut_short(why: str, arguments: Sequence[str]) -> int:
-    sys.stderr.write(f"autoprune: {' '.join(why.split())}; {_kept(arguments[0])}:\n  {_same_line(arguments)}\n")
+def _cut_short(why: Exception | str, arguments: Sequence[str]) -> int:
+    sys.stderr.write(f"autoprune: {_one_line(why)}; {_kept(arguments[0])}:\n  {_same_line(arguments)}\n")
     return FAILED
+
+
+def _one_line(error: Exception | str) -> str:
+    """What an error says: as it may repeat a file's own words, without the control characters that move a terminal's
+    cursor, and of no more than LONGEST characters."""
+    text = " ".join(str(error)[: 100 * LONGEST].split())
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} ... {shown[-LONGEST // 2 :]}"
 
 
 def _kept(command: str) -> str:
@@ -292,6 +301,7 @@ def _run_folder(config: dict[str, Any], task: str, what: str, name: str | None =
     """A folder for this run, with the configuration and a log in it: a new one, or the one of this name."""
     base = Path(config["output"]) / task / what
     stamp, folder, count = time.strftime("%Y-%m-%d_%H-%M-%S"), Path(), 1
+    _check_inside(Path(config["output"]), task, what, name or stamp)
     try:
         while name is None:
             folder = base / (stamp if count == 1 else f"{stamp}_{count}")
@@ -328,6 +338,13 @@ class _Log(logging.FileHandler):
         if not self.said:
             sys.stderr.write(f"the log {self.baseFilename} cannot be written ({sys.exception()}): the run goes on\n")
         self.said = True
+
+
+def _check_inside(output: Path, task: str, what: str, name: str) -> None:
+    """Raises InputError where a name that a run's folder is made of leads out of the folder of all runs."""
+    for place, text in (("the task's name", task), ("the strategy's name", what), ("name", name)):
+        if "\0" in text or Path(text).is_absolute() or ".." in Path(text).parts:
+            raise InputError(f"{place} is part of a path inside output={output}: it must not hold '..', got {text!r}")
 
 
 def _watched() -> Screen:

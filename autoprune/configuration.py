@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autoprune import untrusted
 from autoprune.components import CONF, bind, names
 from autoprune.core import InputError
 from autoprune.writing import whole
 
 GROUPS = ("task", "space", "strategy", "criterion", "device", "energy", "evaluator", "workers", "finetune")
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
+CONFIGURED = 10_000  # values in a configuration, many times what there are
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
@@ -50,7 +53,9 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
         defaults: Any = OmegaConf.to_container(plain)
         free = {"budget", "task"} if own_task else {"budget"}
         _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
-    except (HydraException, OmegaConfBaseException) as error:
+    except InputError:
+        raise
+    except (HydraException, OmegaConfBaseException, *untrusted.DAMAGED) as error:
         raise InputError(_explained(command, words, error)) from error
     return values  # type: ignore[no-any-return]
 
@@ -65,6 +70,10 @@ def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix:
             _check_kinds(given, default, f"{prefix}{key}.")
         elif kind and (not isinstance(given, kind[0]) or (isinstance(given, bool) and bool not in kind[0])):
             raise InputError(f"{prefix}{key} must be {kind[1]}, got {given!r}")
+        elif kind is KINDS[int] and isinstance(given, int) and abs(given) >= 2**63:
+            raise InputError(f"{prefix}{key} must be below 2**63, got {given}")
+        elif isinstance(given, float) and math.isnan(given):
+            raise InputError(f"{prefix}{key} must be a number, got {given}")
 
 
 def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:

@@ -372,6 +372,8 @@ class Budget:
             raise InputError(f"budget '{text}': '{number}' is not a number; {example}") from None
         if value <= 0:
             raise InputError(f"budget '{text}': the limit must be above 0, got {number}; {example}")
+        if math.isinf(value * units.get(unit, 1)):
+            raise InputError(f"budget: the limit must be finite, got {word} of {len(number)} digits; {example}")
         if unit == "pct":
             if value > 100:
                 raise InputError(f"budget '{text}': a percentage of the dense model must be at most 100, got {number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -135,6 +136,7 @@ class FineTune:
     def __post_init__(self) -> None:
         rules = {
             "epochs >= 0": self.epochs >= 0,
+            "epochs must be finite": math.isfinite(self.epochs),
             "lr_fraction > 0": self.lr_fraction > 0,
             "0 <= momentum < 1": 0 <= self.momentum < 1,
             "weight_decay >= 0": self.weight_decay >= 0,

@@ -145,6 +145,6 @@ def _sampler(name: str, seed: int, options: Mapping[str, Any]) -> optuna.sampler
         raise InputError(f"optuna: strategy.options must be a mapping of keyword arguments, got {options!r}")
     draws = "seed" in inspect.signature(kind).parameters
     try:
-        return kind(**({"seed": seed} if draws else {}) | dict(options))
+        return kind(**({"seed": seed % 2**32} if draws else {}) | dict(options))
     except (TypeError, ValueError) as error:
         raise InputError(f"optuna: {name} does not take strategy.options={dict(options)}: {error}") from error
