@@ -260,8 +260,8 @@ def _measure(words: Sequence[str]) -> int:
     folder = Path(words[0])
     config = config_of(folder)
     task = make_task(config["task"])
-    then, now = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
-    return MET if report.show_again(folder, then, now) else NOT_MET
+    then, now, budgets = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
+    return MET if report.show_again(then, now, budgets) else NOT_MET
 
 
 def _report(words: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy.stats import t as student
 
-from autoprune import __version__, components, run
+from autoprune import __version__, components, run, untrusted
 from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
 from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, StorageError, Task
@@ -246,18 +246,24 @@ def read(file: Path) -> tuple[Row, ...]:
         return ()
     kinds: dict[str, Callable[[str], Any]] = {
         "int": int,
-        "float": float,
-        "bool": lambda text: text == "True",
+        "float": _finite,
+        "bool": {"True": True, "False": False}.__getitem__,
         "str": str,
     }
     try:
-        with file.open(newline="") as opened:
-            return tuple(
-                Row(**{name: kinds[str(kind)](values[name]) for name, kind in Row.__annotations__.items()})
-                for values in csv.DictReader(opened)
-            )
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        return tuple(
+            Row(**{name: kinds[str(kind)](values[name]) for name, kind in Row.__annotations__.items()})
+            for values in untrusted.rows_of(file)
+        )
+    except untrusted.DAMAGED as error:
         raise InputError(f"{file} is of no comparison ({type(error).__name__}: {error}): give another name=") from error
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"a number must be finite, got {text}")
+    return value
 
 
 def _append(file: Path, row: Row) -> None:

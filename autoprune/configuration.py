@@ -136,14 +136,17 @@ def save(config: Mapping[str, Any], path: Path) -> None:
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """The configuration that a search left in its folder."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    """The configuration that a search left in its folder: plain values, in which `${...}` stands for nothing.
 
+    The functions that its `_target_` keys name are the user's own task and device, and are called: a folder of somebody
+    else is to be looked at first, as a script of theirs would be.
+    """
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"), resolve=True)
-        _ = values["task"]["_target_"], values["device"]["_target_"], values["seed"]
-    except (OSError, ValueError, KeyError, TypeError, OmegaConfBaseException) as error:
+        values: Any = untrusted.yaml_of(folder / "config.yaml", CONFIGURED)
+        _ = {**values["task"]}["_target_"], {**values["device"]}["_target_"], values["seed"]
+        if type(values["seed"]) is not int:
+            raise TypeError(f"seed must be a whole number, got {values['seed']!r}")
+    except untrusted.DAMAGED as error:
         raise InputError(
             f"{folder} is not the folder of a search: config.yaml {type(error).__name__} {error}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from autoprune import components, costs
+from autoprune import components, costs, untrusted
 from autoprune.checks import check_seed
-from autoprune.core import InputError, Measurement, Progress, Silent, Task
+from autoprune.core import Budget, InputError, Measurement, Progress, Silent, Task, is_number
 from autoprune.keywords import positional_task, unnamed
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency, Reference
@@ -63,9 +62,9 @@ def latency(
 
 def measured_again(
     task: Task, folder: Path, *, device: str | Mapping[str, Any] | Device = "torch_cpu", seed: int = 1
-) -> tuple[Measurement, Measurement]:
+) -> tuple[Measurement, Measurement, dict[str, Budget]]:
     """The latency of a finished run's written network as the run measured it, and as it is now in new processes, as
-    many as the device allows.
+    many as the device allows; and the run's latency budgets, by what was asked.
 
     Raises:
         InputError: the folder holds no run that measured a latency, or not of this task.
@@ -73,18 +72,28 @@ def measured_again(
     task = positional_task(task)
     table = RatioTable.load(folder / "ratios.yaml")
     model = table.rebuild(task.model, task.inputs, folder / "pruned.safetensors")
-    try:
-        values = json.loads((folder / "result.json").read_text())
-        cost = values["costs"]["latency_ms"]
-        relative = any(b["asked"].endswith("pct") for b in values["budgets"] if b["cost"] == "latency_ms")
-        then = Measurement(**{**cost["measured"], "notes": tuple(cost["measured"]["notes"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
-    dense = Measurement.exact(cost["dense"], "ms", "measured")
+    dense, then, budgets = _recorded(folder)
+    relative = any(asked.endswith("pct") for asked in budgets)
     chosen = device_of(device)
     chosen = replace(chosen, processes=chosen.most_processes)
     meter = Latency(chosen, seed=seed).beside(Reference(task.model, dense, relative))
-    return then, meter.measure(model, task.inputs)
+    return then, meter.measure(model, task.inputs), budgets
+
+
+def _recorded(folder: Path) -> tuple[Measurement, Measurement, dict[str, Budget]]:
+    """What a run's result.json says of latency: of the dense network and of the pruned one, and its budgets."""
+    try:
+        values = untrusted.json_of(folder / "result.json")
+        cost = values["costs"]["latency_ms"]
+        then = Measurement.from_json(cost["measured"])
+        asked = {str(b["asked"]): b for b in values["budgets"] if b["cost"] == "latency_ms"}
+        budgets = {text: Budget("latency_ms", b["limit"], "ms") for text, b in asked.items()}
+        for value in (cost["dense"], then.value, *(budget.limit for budget in budgets.values())):
+            if not is_number(value) or value <= 0:
+                raise ValueError(f"a latency must be above 0, got {value!r}")
+    except untrusted.DAMAGED as error:
+        raise InputError(f"{folder} holds no run that measured a latency ({type(error).__name__}: {error})") from error
+    return Measurement.exact(cost["dense"], "ms", "measured"), then, budgets
 
 
 def device_of(value: str | Mapping[str, Any] | Device) -> Device:

@@ -16,8 +16,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import UndefinedError
+from jinja2 import TemplateError
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +30,7 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from autoprune import untrusted
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
 from autoprune.page import RATIO, SMOOTHED, amount, html, percent, points, warm_up_mean, with_interval
@@ -229,18 +231,17 @@ def show_profile(table: CostTable, space: PruningSpace) -> None:
     )
 
 
-def show_again(folder: Path, then: Measurement, now: Measurement) -> bool:
+def show_again(then: Measurement, now: Measurement, budgets: Mapping[str, Budget]) -> bool:
     """A run's latency beside a second measurement; whether every latency budget of the run is met by that one."""
     console = Console()
     for when, m in (("then", then), ("now", now)):
-        console.print(f"{when}: {with_interval(asdict(m))} {m.unit} ({m.notes[0]})", highlight=False)
+        console.print(f"{when}: {with_interval(asdict(m))} ms ({escape('; '.join(m.notes[:1]))})", highlight=False)
     console.print(f"apart: {100 * (now.value / then.value - 1):+.1f} %", highlight=False)
     met = True
-    for b in json.loads((folder / "result.json").read_text())["budgets"]:
-        if b["cost"] == "latency_ms":
-            verdict = Budget(b["cost"], b["limit"], b["unit"]).met(now)
-            console.print(f"budget {b['asked']}: {_verdict(verdict, now.low, b['limit'])}", highlight=False)
-            met = met and bool(verdict)
+    for asked, budget in budgets.items():
+        verdict = budget.met(now)
+        console.print(f"budget {escape(asked)}: {_verdict(verdict, now.low, budget.limit)}", highlight=False)
+        met = met and bool(verdict)
     return met
 
 
@@ -311,11 +312,8 @@ def rewrite(folder: Path) -> None:
         InputError: the folder holds no finished run.
     """
     try:
-        values = json.loads((folder / "result.json").read_text())
-        with (folder / "trials.csv").open(newline="") as file:
-            trials = list(csv.DictReader(file))
-        page = html(values, trials)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UndefinedError) as error:
+        page = html(untrusted.json_of(folder / "result.json"), untrusted.rows_of(folder / "trials.csv"))
+    except (TemplateError, *untrusted.DAMAGED) as error:
         raise InputError(f"{folder} holds no finished search: {type(error).__name__}: {error}") from error
     with whole(folder / "report.html") as temporary:
         temporary.write_text(page)
