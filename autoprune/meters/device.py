@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any
 
 from autoprune.core import DeviceLostError, InputError, check_rules
+from autoprune.meters import answers
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
@@ -221,7 +222,7 @@ class Worker:
 
         Raises:
             WorkerLostError: no answer within the limit (the process is killed), or the process died.
-            MeasuringError: the network raised; the process lives on.
+            MeasuringError: the network raised, or the answer is none to this message; the process lives on.
         """
         limit = limit_s or self.device.limit_s
         # sending blocks too, where the other side does not read
@@ -239,8 +240,12 @@ class Worker:
             raise WorkerLostError(f"a measuring worker died ({' '.join(str(error).split())[:200]})") from None
         finally:
             watchdog.cancel()
+        try:
+            answers.check(message, answer)
+        except ValueError as error:
+            raise MeasuringError(f"the measuring process answered '{message['do']}' with {error}") from error
         if "error" in answer:
-            raise MeasuringError(answer["error"])
+            raise MeasuringError(str(answer["error"]))
         return answer
 
     def _kill(self) -> None:
