@@ -473,7 +473,9 @@ def test_what_the_results_are_damaged_from_is_whole() -> None:
     assert "Sensitivity" in Path("run/report.html").read_text()
 
 
-def test_a_short_row_is_named() -> None:
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match="its lists and mappings are nested too deeply"):
+        untrusted.json_of(put("result.json", DEEP))
     with pytest.raises(ValueError, match="line 3 must have 9 cells as the first, it has 1"):
         untrusted.rows_of(put("trials.csv", TRIALS + "1\n"))
 
@@ -704,7 +706,9 @@ def test_a_damaged_study_is_refused(name: str, database: bytes) -> None:
     with contextlib.closing(sqlite3.connect("studies.db")) as file:
         assert file.execute(statement, (value,)).rowcount > 0
         file.commit()
-    with pytest.raises(InputError, match=r"sqlite:///studies\.db"):
+    unreadable = name.endswith(("no JSON", "that is none")) and name != "a recovery that is none"
+    says = "cannot be used: " if unreadable else "is damaged"
+    with pytest.raises(InputError, match=rf"sqlite:///studies\.db {says}"):
         opened().trials()
 
 
