@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from autoprune.core import Candidate, InputError, Trial
+from autoprune.core import Candidate, InputError, StorageError, Trial
 from autoprune.evaluate import Evaluator
 from autoprune.workers import Crew, Done, Failed, LostError, Ready, Said, Serial, Workers, WorkersLostError
 
@@ -59,6 +59,7 @@ class Spread:
 
     Raises:
         InputError: the evaluator holds what cannot be sent to another process, or no worker can read it.
+        StorageError: a disk is full.
         WorkersLostError: no worker can be kept running.
     """
 
@@ -176,8 +177,12 @@ class Spread:
                 self._wind(hired)
             case Done():
                 pass
-            case Failed(error):
-                raise InputError(f"workers: another process cannot evaluate this task ({error}): choose workers=serial")
+            case Failed("StorageError", error):
+                raise StorageError(error)
+            case Failed(kind, error):
+                raise InputError(
+                    f"workers: another process cannot evaluate this task ({kind}: {error}): choose workers=serial"
+                )
             case _:
                 trial = self._evaluator.took(message)
                 hired.left.popleft()

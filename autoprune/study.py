@@ -54,16 +54,16 @@ class Study:
         self._costs = list(dict.fromkeys(b.cost for b in budgets))
         self._lease: Lease | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._opened = self._patiently(partial(open_storage, storage))
+        self._opened = self._at_first(partial(open_storage, storage))
         directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * len(self._costs)]
         make = partial(optuna.create_study, storage=self._opened, study_name=name, directions=directions)
-        self._study = self._patiently(partial(make, load_if_exists=True))
+        self._study = self._at_first(partial(make, load_if_exists=True))
         mine = json.loads(json.dumps({"schema": SCHEMA, **fingerprint}))
         try:
             self._check(mine)
             self._hold()
             if not self._check(mine):  # nor was it given another meanwhile
-                self._patiently(partial(self._begin, mine))
+                self._at_first(partial(self._begin, mine))
         except BaseException:
             self.close()
             raise
@@ -82,21 +82,25 @@ class Study:
             self._lease.let_go()
         leave(self._opened)
 
-    def _patiently(self, call: Callable[[], Given]) -> Given:
-        return patiently(self.storage, call, self._progress)
+    def _at_first(self, call: Callable[[], Given]) -> Given:
+        """What fails before anything was computed is the user's."""
+        with usable(self.storage):
+            return waiting(self.storage, call, self._progress)
 
     def _hold(self) -> None:
         if isinstance(self._opened, optuna.storages.RDBStorage):
-            study_id = self._patiently(partial(self._opened.get_study_id_from_name, self.name))
+            study_id = self._at_first(partial(self._opened.get_study_id_from_name, self.name))
             lease = Lease(self._opened.engine, study_id, f"'{self.name}' in {shown(self.storage)}")
-            self._patiently(partial(lease.take, self._progress.say))
+            self._at_first(partial(lease.take, self._progress.say))
             self._lease = lease
 
     def _check(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether the study has this fingerprint already. Raises InputError where it has another."""
-        attributes = self._patiently(lambda: self._study.user_attrs)
+        attributes = self._at_first(lambda: self._study.user_attrs)
         known, place = attributes.get("fingerprint"), f"study '{self.name}' in {shown(self.storage)}"
-        if known is None and (attributes.keys() - {KEY} or self._recorded()):
+        if known is None and (
+            attributes.keys() - {KEY} or self._at_first(partial(self._study.get_trials, deepcopy=False))
+        ):
             raise InputError(f"{place} was not made by autoprune: choose another study.name")
         if not isinstance(known, dict | None):
             raise InputError(f"{place} is damaged: choose another study.name")
@@ -119,7 +123,7 @@ class Study:
             InputError: the storage or a trial in it is damaged.
         """
         found: dict[int, tuple[str, Trial]] = {}
-        for frozen in self._recorded():
+        for frozen in self._at_first(partial(self._study.get_trials, deepcopy=False)):
             if text := frozen.user_attrs.get("trial"):
                 trial = self._read(frozen)
                 number = trial.number
@@ -131,10 +135,6 @@ class Study:
         numbers = itertools.takewhile(found.__contains__, itertools.count())
         return tuple(found[number][1] for number in numbers)
 
-    def _recorded(self) -> list[FrozenTrial]:
-        with usable(self.storage):
-            return waiting(self.storage, partial(self._study.get_trials, deepcopy=False), self._progress)
-
     def _read(self, frozen: FrozenTrial) -> Trial:
         try:
             trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
@@ -142,8 +142,8 @@ class Study:
                 raise ValueError(f"it has no {unpriced[0]}")
         except DAMAGED as error:
             raise InputError(
-                f"trial {frozen.number} of study '{self.name}' in {shown(self.storage)} is damaged ({type(error).__name__}: "
-                f"{error}): choose another study.name"
+                f"trial {frozen.number} of study '{self.name}' in {shown(self.storage)} is damaged "
+                f"({type(error).__name__}: {error}): choose another study.name"
             ) from error
         return trial
 
@@ -180,7 +180,7 @@ class Study:
                 return  # it was written, and the answer to that was lost
             self._study.add_trial(frozen)
 
-        self._patiently(write)
+        patiently(self.storage, write, self._progress)
 
 
 def _short(value: Any) -> str:

@@ -64,9 +64,14 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The worker cannot hold its subject, or raised outside of a candidate."""
+    """The worker cannot hold its subject, or raised outside of a candidate; kind: what."""
 
+    kind: str
     error: str
+
+    @staticmethod
+    def of(error: Exception) -> Failed:
+        return Failed(type(error).__name__, str(error))
 
 
 @dataclass(frozen=True)
@@ -253,7 +258,7 @@ def serve(descriptor: int, memory: int) -> None:
                 tell(message)
             tell(Done())
     except Exception as error:  # noqa: BLE001, told to who can say it
-        tell(Failed(f"{type(error).__name__}: {error}"))
+        tell(Failed.of(error))
 
 
 def _read(connection: Connection[Any, Any], inbox: queue.SimpleQueue[bytes]) -> None:
@@ -415,7 +420,7 @@ def _actor() -> type:
             try:
                 self._holds = pickle.loads(self._subject)
             except Exception as error:  # noqa: BLE001, told to who can say it
-                return pickle.dumps(workers.Failed(f"{type(error).__name__}: {error}"))
+                return pickle.dumps(workers.Failed.of(error))
             return pickle.dumps(workers.Ready())
 
         def evaluated(self, parcel: bytes) -> Iterator[bytes]:
@@ -430,6 +435,6 @@ def _actor() -> type:
                     yield pickle.dumps(message)
                 yield pickle.dumps(workers.Done())
             except Exception as error:  # noqa: BLE001, told to who can say it
-                yield pickle.dumps(workers.Failed(f"{type(error).__name__}: {error}"))
+                yield pickle.dumps(workers.Failed.of(error))
 
     return Holder

@@ -114,7 +114,7 @@ def test_copies_are_left_out_where_they_do_not_fit(disk: Disk, caplog: pytest.Lo
     assert torch.equal(found["weight"], network.weight)
     write_cached(folder / "fits_not.json", dataclasses.replace(scored, scores=(0.5,) * 9000))
     assert f"the cache in {folder} cannot be written" in caplog.text
-    assert read_cached(folder / "fits.json") == scored
+    assert read_cached(folder / "fits.json", len(scored.scores)) == scored
     assert [p.name for p in folder.rglob("*.*")] == ["fits.json"]
 
 

@@ -655,9 +655,10 @@ def opened() -> Study:
 @pytest.fixture(scope="module")
 def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     with contextlib.chdir(tmp_path_factory.mktemp("study")):
-        study = opened()
-        study.record(TRIAL)
-        assert opened().trials() == (TRIAL,)
+        with opened() as study:
+            study.record(TRIAL)
+        with opened() as study:
+            assert study.trials() == (TRIAL,)
         with contextlib.closing(sqlite3.connect("studies.db")) as file:
             file.execute("VACUUM INTO 'whole.db'")
         return Path("whole.db").read_bytes()
@@ -708,20 +709,21 @@ def test_a_damaged_study_is_refused(name: str, database: bytes) -> None:
         file.commit()
     unreadable = name.endswith(("no JSON", "that is none")) and name != "a recovery that is none"
     says = "cannot be used: " if unreadable else "is damaged"
-    with pytest.raises(InputError, match=rf"sqlite:///studies\.db {says}"):
-        opened().trials()
+    with pytest.raises(InputError, match=rf"sqlite:///studies\.db {says}"), opened() as study:
+        study.trials()
 
 
 @pytest.mark.parametrize("keep", [50, 100, 5000, 60_000])
 def test_a_truncated_database_is_refused(keep: int, database: bytes) -> None:
     put("studies.db", database[:keep])
     with pytest.raises(InputError, match=r"study\.storage=sqlite:///studies\.db cannot be used: "):
-        opened().trials()
+        with opened() as study:
+            study.trials()
 
 
 @pytest.mark.parametrize("words", ["sqlite:////dev/null/x.db", "sqlite:///folder", "sqlite:///pipe", "sqlite:///a\0b"])
 def test_a_storage_that_is_none_is_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from autoprune.study import check_storage
+    from autoprune.storage import check_storage
 
     Path("folder").mkdir()
     os.mkfifo("pipe")

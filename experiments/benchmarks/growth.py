@@ -38,7 +38,7 @@ def memory_mb() -> float:
 
 def recorded(world: World, strategy: Any, folder: str) -> dict[str, Any]:
     """A whole search with a study, and what it takes to go on from its end."""
-    place = {"fingerprint": {"world": 0}, "space": world.space, "budgets": world.budgets}
+    place: dict[str, Any] = {"fingerprint": {"world": 0}, "space": world.space, "budgets": world.budgets}
     study = Study(f"sqlite:///{folder}/studies.db", "growth", **place)
     before, began = memory_mb(), time.perf_counter()
     trials = search(strategy, world.evaluate, study.record)
@@ -57,9 +57,7 @@ def recorded(world: World, strategy: Any, folder: str) -> dict[str, Any]:
 def of_groups(count: int, folder: str) -> dict[str, Any]:
     world = World(0, groups=count, levels=10)
     rng = np.random.default_rng(0)
-    losses = [np.sort(rng.uniform(0, 1, 10)) - 0.0 for _ in range(count)]
-    for row in losses:
-        row[0] = 0.0
+    losses = [np.concatenate([[0.0], np.sort(rng.uniform(0, 1, 9))]) for _ in range(count)]
     limits = [(form, world.budgets[0].limit) for form in world.costs["macs"].tables()]
     began = time.perf_counter()
     allocate(losses, limits)
