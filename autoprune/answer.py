@@ -23,11 +23,12 @@ from autoprune.workers import Workers
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer's trial and network, fine-tuned unless it is the dense one; record: what Result keeps of how it was
-    found; known: its costs, where they were measured just now."""
+    """The answer's trial and network, fine-tuned unless it is the dense one; pruned: its score on the search split
+    before that; record: what Result keeps of how it was found; known: its costs, where they were measured just now."""
 
     trial: Trial
     model: nn.Module
+    pruned: float
     record: Mapping[str, Any]
     known: Mapping[str, Measurement] = field(default_factory=dict)
 
@@ -42,7 +43,8 @@ def left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progre
     answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
     record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
     record["seconds_searching"] = 0.0
-    return Answer(trial=answer, model=copy.deepcopy(evaluator.dense_model), record=record, known=known)
+    model = copy.deepcopy(evaluator.dense_model)
+    return Answer(trial=answer, model=model, pruned=answer.score, record=record, known=known)
 
 
 def searched(
@@ -61,10 +63,10 @@ def searched(
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = best(trials, prices.steered, prices.limits)
-    model = _recovered(evaluator, answer, plan, progress)
+    model, pruned = _recovered(evaluator, answer, plan, progress)
     record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
     record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
-    return Answer(trial=answer, model=model, record=record)
+    return Answer(trial=answer, model=model, pruned=pruned, record=record)
 
 
 def _converse(
@@ -97,10 +99,13 @@ def settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
     return history[: last.number]
 
 
-def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Progress) -> nn.Module:
-    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt."""
-    goes_on = answer.candidate.parent is not None
-    model = evaluator.recovered(answer.candidate if goes_on else replace(answer.candidate, recovery="probe"))
+def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Progress) -> tuple[nn.Module, float]:
+    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt, and its
+    score before: of its trial, or, where that was on a part of the images, as the fine-tune finds it."""
+    candidate = answer.candidate
+    goes_on = candidate.parent is not None
+    model = evaluator.recovered(candidate if goes_on else replace(candidate, recovery="probe", fidelity=1.0))
+    pruned = answer.score if candidate.fidelity == 1 else evaluator.scored(model).score
     train(
         model,
         evaluator.task,
@@ -109,7 +114,7 @@ def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Pr
         seed=evaluator.seed,
         progress=progress,
     )
-    return model
+    return model, pruned
 
 
 def best(trials: Sequence[Trial], steered: Sequence[Budget], budgets: Sequence[Budget]) -> Trial:

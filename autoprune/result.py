@@ -16,8 +16,9 @@ SCHEMA = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The task's metric, in its own sign. dense, pruned (after the search's recovery) and recovered (after the final
-    fine-tune) on the search split's subset; test_* on the test split, read once."""
+    """The task's metric, in its own sign. dense, pruned (after the search's recovery; before all training where the
+    answer was chosen on a part of the images) and recovered (after the final fine-tune) on the search split's subset;
+    test_* on the test split, read once."""
 
     metric: str
     dense: float

@@ -93,7 +93,7 @@ def _scores(evaluator: Evaluator, answer: Answer, progress: Progress) -> Scores:
     return Scores(
         metric=type(task.metric).__name__,
         dense=sign * evaluator.dense().score,
-        pruned=sign * answer.trial.score,
+        pruned=sign * answer.pruned,
         recovered=recovered,
         test_dense=test_dense,
         test_recovered=test_recovered,

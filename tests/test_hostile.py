@@ -716,9 +716,9 @@ def test_a_damaged_study_is_refused(name: str, database: bytes) -> None:
 @pytest.mark.parametrize("keep", [50, 100, 5000, 60_000])
 def test_a_truncated_database_is_refused(keep: int, database: bytes) -> None:
     put("studies.db", database[:keep])
-    with pytest.raises(InputError, match=r"study\.storage=sqlite:///studies\.db cannot be used: "):
-        with opened() as study:
-            study.trials()
+    damaged = pytest.raises(InputError, match=r"study\.storage=sqlite:///studies\.db cannot be used: ")
+    with damaged, opened() as study:
+        study.trials()
 
 
 @pytest.mark.parametrize("words", ["sqlite:////dev/null/x.db", "sqlite:///folder", "sqlite:///pipe", "sqlite:///a\0b"])

@@ -11,8 +11,9 @@ Deviations from the course's rule:
 - The sum of single increases ignores how groups interact: `refinements` sweeps the neighbourhood of the answer again,
   all other groups staying pruned, and keeps what scores better.
 - What is lost before training is not what training leaves lost: groups cut deeply recover least. So several finalists
-  get their recovery, and the one of least loss is the answer: the allocations on the sweep, on its refinement and on
-  the sweep plus a charge on squared ratios (`evenness`), and one ratio for all groups, widened where that leaves room.
+  get a part of their recovery, and the one of least loss is the answer: the allocations on the sweep, on its refinement
+  and on the sweep plus a charge on squared ratios (`evenness`), and one ratio for all groups, widened where that leaves
+  room.
 
 Letters: G groups, L levels of one group.
 """
@@ -71,7 +72,9 @@ class Sensitivity(Scripted):
 
     sweep: "bisect" scores levels where a group's loss rises, at a `fidelity` of the images (sweep.bisected); "grid"
     scores sweep_levels of each group, spread evenly, on all images. refinements: rounds of sweeping around the answer,
-    to the next of these levels. evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
+    to the next of these levels. brief: fraction of their recovery's steps, and of the images, on
+    which finalists compete and the answer is scored: what tells them apart shows in a few steps, and more of them level
+    it (experiments/benchmarks). evenness: weights w >= 0, one finalist each: to a group's loss is added w x its ratio
     squared x the groups' mean loss at the deepest level that could be scored. exchanges: rounds in which a group gives
     to another, from the best finalist, scored after their recovery; the best of a round is gone on from while it is
     better. attempts: how often the answer may be measured, calibrated and solved again. recovery: what finalists get
@@ -92,6 +95,7 @@ class Sensitivity(Scripted):
         fidelity: float = 0.2,
         sweep_levels: int = 6,
         refinements: int = 1,
+        brief: float = 0.2,
         evenness: Sequence[float] = EVENNESS,
         exchanges: int = 0,
         attempts: int = 4,
@@ -100,14 +104,18 @@ class Sensitivity(Scripted):
         given = {"sweep_levels": sweep_levels, "refinements": refinements, "exchanges": exchanges, "attempts": attempts}
         least = {"sweep_levels": 1, "refinements": 0, "exchanges": 0, "attempts": 1}
         check_rules("sensitivity", {f"{name} >= {n}": given[name] >= n for name, n in least.items()}, given)
-        rules = {"sweep must be bisect or grid": sweep in SWEEPS, "0 < fidelity <= 1": 0 < fidelity <= 1}
-        check_rules("sensitivity", rules, {"sweep": sweep, "fidelity": fidelity})
+        rules = {
+            "sweep must be bisect or grid": sweep in SWEEPS,
+            "0 < fidelity <= 1": 0 < fidelity <= 1,
+            "0 < brief <= 1": 0 < brief <= 1,
+        }
+        check_rules("sensitivity", rules, {"sweep": sweep, "fidelity": fidelity, "brief": brief})
         _check_weights(evenness)
         check_recovery(recovery)
         self.space, self.budgets, self.costs = space, tuple(budgets), dict(costs)
         self.sweep, self.fidelity = sweep, fidelity
         self.sweep_levels, self.refinements, self.attempts = sweep_levels, refinements, attempts
-        self.evenness, self.exchanges = tuple(evenness), exchanges
+        self.brief, self.evenness, self.exchanges = brief, tuple(evenness), exchanges
         self._aims = {b.cost: 1.0 for b in self.budgets}  # what share of its limit an allocation may take
         self._leading: Kinds = {}  # to the best two finalists so far
         self._inside: dict[Levels, bool] = {}  # what was measured: whether it kept the budgets
@@ -312,7 +320,8 @@ class Sensitivity(Scripted):
         return found
 
     def _finalist(self, levels: Levels, recovery: Recovery, kinds: Sequence[str]) -> Candidate:
-        return Candidate(ratios=self.space.ratios(levels), recovery=recovery, about={"finalist": ", ".join(kinds)})
+        about = {"finalist": ", ".join(kinds)}
+        return Candidate(ratios=self.space.ratios(levels), recovery=recovery, fidelity=self.brief, about=about)
 
     # ------------------------------------------------------------------------------------------------- neighbourhood
 
@@ -352,7 +361,8 @@ class Sensitivity(Scripted):
     ) -> Generator[list[Candidate], Sequence[Trial], Trial]:
         """The answer with its recovery; where that fails (a fine-tune that diverges, say) with the next lesser one."""
         for lesser in RECOVERIES[RECOVERIES.index(recovery or self.recovery) :]:
-            (trial,) = yield [Candidate(ratios=self.space.ratios(levels), recovery=lesser, measure=True)]
+            ratios = self.space.ratios(levels)
+            (trial,) = yield [Candidate(ratios=ratios, recovery=lesser, fidelity=self.brief, measure=True)]
             if not trial.error:
                 break
         return trial
