@@ -23,3 +23,5 @@ bench:
 	$(PYTHON) experiments/tracing/speed.py
 	$(PYTHON) experiments/benchmarks/sweeps.py
 	$(PYTHON) experiments/benchmarks/searches.py
+	$(PYTHON) experiments/benchmarks/workers.py
+	$(PYTHON) experiments/benchmarks/growth.py
