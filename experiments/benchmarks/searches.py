@@ -1,8 +1,9 @@
 """What does a whole search gain? python experiments/benchmarks/searches.py
 
 `strategy=sensitivity` under flops_50pct on the shipped task, three seeds: as it is by default, and with a grid on all
-images whose candidates run alone and finalists that get all of their fine-tune. Seconds of searching (sweep, refinement, finalists; not the final fine-tune, which is
-the same) and accuracy on the test split. Rows go to results/searches.json.
+images whose candidates run alone and finalists that get all of their fine-tune. Seconds of searching (sweep,
+refinement, finalists; not the final fine-tune, which is the same) and accuracy on the test split. Rows go to
+results/searches.json.
 """
 
 from __future__ import annotations
