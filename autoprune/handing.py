@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 TOLERANCE = 1e-5  # of the largest output
 
+Positions = Mapping[int, Tensor]  # by dimension, where only some are left
 Outputs = dict[str, Callable[[], Any]]  # by module: makes what it hands back
 
 
@@ -41,6 +42,33 @@ def cloned(output: Any) -> Callable[[], Any]:
     return partial(tree_map, _clone, tree_map(_clone, output))
 
 
+def narrowed(output: Any, positions: Sequence[Positions]) -> Any:
+    """What is left of this output at these positions of each of its tensors."""
+    return _each(output, positions, _taken)
+
+
+def _taken(tensor: Tensor, dim: int, where: Tensor) -> Tensor:
+    """index_select that leaves the dimensions in the order in which they lie in memory."""
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    taken = tensor.permute(order).index_select(order.index(dim), where.to(tensor.device))
+    return taken.permute([order.index(d) for d in range(tensor.dim())])
+
+
+def shortened(output: Any, positions: Sequence[Positions]) -> Any:
+    """One of that shape, whatever its values."""
+    return _each(output, positions, lambda tensor, dim, where: tensor.narrow(dim, 0, len(where)))
+
+
+def _each(output: Any, positions: Sequence[Positions], take: Callable[[Tensor, int, Tensor], Tensor]) -> Any:
+    leaves, form = tree_flatten(output)
+    of = iter(positions)
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            for dim, where in next(of).items():
+                leaves[i] = take(leaves[i], dim, where)
+    return tree_unflatten(leaves, form)
+
+
 def hollow(output: Any) -> Callable[[], Any]:
     """Makes one of the same shapes, without room for values."""
     return partial(tree_map, _hollow, tree_map(_hollow, output))
@@ -58,6 +86,16 @@ def alike(ours: Any, theirs: Any) -> bool:
     """Whether two outputs are one, floats to within TOLERANCE."""
     pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=True))
     return all(_close(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two outputs are one, to the bit and in memory."""
+    pairs = list(zip(tree_leaves(ours), tree_leaves(theirs), strict=True))
+    return all(
+        a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
+        for a, b in pairs
+        if isinstance(a, Tensor) and isinstance(b, Tensor)
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -4,7 +4,8 @@ The candidates of a sweep, or of a round of NetAdapt, have most ratios in common
 of them have, runs over the data batch by batch, its modules' outputs are kept, each candidate's own forward runs over
 the same batch, and every module whose output does not depend on the groups in which it differs (dependence.py)
 hands back what was kept. So it goes for whatever runs, residual or concatenating, and gives what the candidate gives
-alone. Recalibration is shared alike: normalisations before the difference have the statistics of the common network.
+alone. Layers that only lose rows where units go hand back the other rows of what was kept (reuse.py). Recalibration is
+shared alike: normalisations before the difference have the statistics of the common network.
 
 What a recorded pass cannot tell, a candidate shows: on the first batch, the first of those that reuse the same modules
 runs in full as well, and where the outputs differ all of these are left to be evaluated alone.
@@ -16,19 +17,21 @@ import copy
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from autoprune.borrowing import arguments
 from autoprune.core import Task
 from autoprune.dependence import Dependence
-from autoprune.handing import Outputs, alike, cloned, handing_back, hollow
-from autoprune.recover import averaging, norms_of, recalibrate
+from autoprune.handing import Outputs, Positions, alike, cloned, hollow, narrowed
+from autoprune.recover import averaging, norms_of
+from autoprune.reuse import Reuse, kind
 from autoprune.scores import Sample, Scored, Tally
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
@@ -82,7 +85,7 @@ class _Member:
     """One candidate of a block."""
 
     kept: Sequence[Labels]
-    reuse: Mapping[str, bool]
+    reuse: Reuse
     tally: Tally
     model: nn.Module | None = None
     seconds: float = 0.0
@@ -139,27 +142,24 @@ class SharedPrefix:
         if recalibration and not self._exact:  # a norm that runs twice mixes what differs with what does not
             return
         common = _common(list(candidates.values()))
-        out = tuple(f"{block}." for block in self._traced.left_out(common))
-        reuse = {n: self._reusable(_changed(kept, common), kept, out) for n, kept in candidates.items()}
-        reuse = {n: modules for n, modules in reuse.items() if frozenset(modules) not in self._refuted}
-        saved = {n: self._dependence.share(modules) for n, modules in reuse.items()}
+        reuse = {n: self._reuse(kept, common) for n, kept in candidates.items()}
+        reuse = {n: each for n, each in reuse.items() if frozenset(each.whole) not in self._refuted}
+        saved = {n: self._dependence.share(each.whole) for n, each in reuse.items()}
         # the common network runs as far as any candidate reuses it
         if len(reuse) < 2 or sum(saved.values()) - max(saved.values()) < WORTHWHILE * len(reuse):
             return
         network = make(common)
-        if recalibration:
-            recalibrate(network, recalibration)
         largest = max(len(arguments(inputs)[0]) for inputs, _ in (*sample.batches, *recalibration))
         own = {n: self._own_bytes(candidates[n]) for n in reuse}
         for block in self._blocks(reuse, own, largest / self._per_example):
             tallies = {n: Tally(self._task, self._device, sample) for n in block}
             members = {n: _Member(candidates[n], reuse[n], tallies[n]) for n in block}
             began = time.perf_counter()
-            self._block(network, list(members.values()), make, sample, recalibration)
+            self._block(network, common, list(members.values()), make, sample, recalibration)
             common_seconds = time.perf_counter() - began - sum(m.seconds for m in members.values())
             done: dict[int, Outcome | None] = dict.fromkeys(block)
             for n, member in members.items():
-                if not (member.failed or frozenset(member.reuse) in self._refuted):
+                if not (member.failed or frozenset(member.reuse.whole) in self._refuted):
                     with suppress(FloatingPointError):
                         scored, shared = member.tally.scored(), common_seconds / len(block)
                         forward = scored.seconds_in_forward + member.healing + shared
@@ -167,10 +167,18 @@ class SharedPrefix:
             self.saved += max(sum(saved[n] for n in block if done[n]) - max(saved[n] for n in block), 0.0)
             yield done
 
-    def _reusable(self, changed: frozenset[int], kept: Sequence[Labels], out: tuple[str, ...]) -> dict[str, bool]:
-        """As of Dependence, but for what is inside of blocks that the common network, or this one, leaves out."""
-        gone = (*out, *(f"{block}." for block in self._traced.left_out(kept)))
-        return {n: read for n, read in self._dependence.reusable(changed).items() if not n.startswith(gone)}
+    def _reuse(self, kept: Sequence[Labels], common: Sequence[Labels]) -> Reuse:
+        """What a candidate may take of the common network, but for what is inside of blocks that one of them leaves
+        out."""
+        gone = tuple(f"{block}." for units in (common, kept) for block in self._traced.left_out(units))
+        changed = _changed(kept, common)
+        losing = {g for g in changed if len(kept[g]) and np.isin(kept[g], common[g]).all()}
+        whole, narrower = (
+            {n: read for n, read in self._dependence.reusable(changed, of).items() if not n.startswith(gone)}
+            for of in ((), losing)
+        )
+        more = narrower.keys() - whole.keys()
+        return Reuse(whole, narrower, {n: self._dependence.left(n, kept, common) for n in narrower if n in more})
 
     def _own_bytes(self, kept: Sequence[Labels]) -> int:
         """Of a candidate's network, what it does not share with others at most; a mask is as large as what it masks."""
@@ -178,17 +186,17 @@ class SharedPrefix:
         return each if self._traced.narrows else 2 * each
 
     def _blocks(
-        self, reuse: Mapping[int, Mapping[str, bool]], own: Mapping[int, int], batch: float
+        self, reuse: Mapping[int, Reuse], own: Mapping[int, int], batch: float
     ) -> Iterator[list[int]]:
         """Candidates in order, so many at once as KEPT leaves room for; batch: how many of the task's inputs the
         largest batch is."""
         block: list[int] = []
         kept: set[str] = set()
         networks = 0
-        for n, modules in reuse.items():
-            if frozenset(modules) in self._refuted:  # since
+        for n, each in reuse.items():
+            if frozenset(each.whole) in self._refuted:  # since
                 continue
-            read = {name for name, is_read in modules.items() if is_read}
+            read = {name for name, is_read in each.read().items() if is_read}
             outputs = batch * sum(self._dependence.bytes(name) for name in kept | read)
             if block and (outputs + networks + own[n] > KEPT or len(block) == BLOCK):
                 yield block
@@ -202,6 +210,7 @@ class SharedPrefix:
     def _block(
         self,
         network: nn.Module,
+        common: Sequence[Labels],
         members: Sequence[_Member],
         make: Callable[[Sequence[Labels]], nn.Module],
         sample: Sample,
@@ -211,63 +220,83 @@ class SharedPrefix:
             with member.working():
                 member.model = make(member.kept)
         if recalibration:
-            self._recalibrate(network, members, recalibration)
+            network = copy.deepcopy(network)
+            self._recalibrate(network, common, members, recalibration)
         for member in members:
             member.healing = member.seconds
         with torch.inference_mode():
             for number, (inputs, _) in enumerate(sample.batches):
-                outputs = self._outputs(network, members, inputs)
+                batch = kind(inputs, "score")
+                outputs = self._outputs(network, members, inputs, batch)
                 for member in _whole(members):
-                    self._add(member, number, inputs, outputs)
+                    self._add(member, number, inputs, batch, outputs)
                 outputs.clear()
 
-    def _add(self, member: _Member, number: int, inputs: Any, outputs: Outputs) -> None:
+    def _add(self, member: _Member, number: int, inputs: Any, batch: Hashable, outputs: Outputs) -> None:
         assert member.model is not None
-        with member.working(), handing_back(member.model, _of(outputs, member)):
+        with member.working(), member.reuse.taking(member.model, outputs, batch):
             output = member.tally.add(member.model, number)
-        reused = frozenset(member.reuse)
+        reused = frozenset(member.reuse.whole)
         if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
             with member.working():
                 same = alike(output, member.model(*arguments(inputs, self._device)))
                 (self._shown if same else self._refuted).add(reused)
 
-    def _recalibrate(self, network: nn.Module, members: Sequence[_Member], batches: Sequence[Any]) -> None:
-        """As recover.recalibrate each alone; `network` has its statistics already."""
-        training = copy.deepcopy(network)
+    def _recalibrate(
+        self, network: nn.Module, common: Sequence[Labels], members: Sequence[_Member], batches: Sequence[Any]
+    ) -> None:
+        """As recover.recalibrate each alone, and the common network as far as it is reused."""
+        norms: dict[int, _Norms] = {}
         with ExitStack() as modes:
-            modes.enter_context(averaging(norms_of(training)))
+            modes.enter_context(averaging(norms_of(network)))
             for member in members:
                 with member.working():
-                    modes.enter_context(averaging(self._differing(member, network)))
+                    norms[id(member)] = self._norms(member, network, common)
+                    modes.enter_context(averaging([module for module, _ in norms[id(member)].own]))
             with torch.no_grad():
-                for inputs, _ in batches:
-                    outputs = self._outputs(training, members, inputs)
+                for number, (inputs, _) in enumerate(batches):
+                    batch = kind(inputs, "recalibrate")
+                    outputs = self._outputs(network, members, inputs, batch)
                     for member in _whole(members):
                         assert member.model is not None
-                        with member.working(), handing_back(member.model, _of(outputs, member)):
+                        narrower = bool(member.reuse.narrower)
+                        with member.working(), member.reuse.taking(member.model, outputs, batch):
                             member.model(*arguments(inputs, self._device))
+                        if number == 0 and not norms[id(member)].alike():
+                            member.reuse.refuse()
+                        # what it did not compute of earlier batches is missing from its statistics
+                        member.failed |= number > 0 and narrower and not member.reuse.narrower
                     outputs.clear()
+        for member in _whole(members):
+            norms[id(member)].hand_over(narrower=bool(member.reuse.narrower) and len(batches) > 1)
 
-    def _differing(self, member: _Member, network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
-        """The normalisations of a candidate that run, with statistics of their own; those that do not get the common
-        network's."""
+    def _norms(self, member: _Member, network: nn.Module, common: Sequence[Labels]) -> _Norms:
+        """Those of a candidate, by where its statistics come from."""
         assert member.model is not None
-        norms, differing = set(norms_of(member.model)), []
+        norms, found = set(norms_of(member.model)), _Norms([], [], [])
         for name, module in member.model.named_modules():
             if module not in norms:
                 continue
-            if any(not member.reuse.keys().isdisjoint(inside) for inside in self._dependence.normalised(name)):
-                for buffer, values in network.get_submodule(name).named_buffers(recurse=False):
-                    setattr(module, buffer, values)
-            else:
-                differing.append(module)
-        return differing
+            theirs = network.get_submodule(name)
+            within = self._dependence.normalised(name)
+            if any(not member.reuse.whole.keys().isdisjoint(inside) for inside in within):
+                found.whole.append((module, theirs))
+                continue
+            found.own.append((module, theirs))
+            if any(not member.reuse.narrower.keys().isdisjoint(inside) for inside in within):
+                left = self._dependence.left_of
+                positions = {
+                    buffer: left(f"{name}.{buffer}", member.kept, common)
+                    for buffer, _ in module.named_buffers(recurse=False)
+                }
+                found.narrower.append((module, theirs, positions))
+        return found
 
-    def _outputs(self, network: nn.Module, members: Sequence[_Member], inputs: Any) -> Outputs:
+    def _outputs(self, network: nn.Module, members: Sequence[_Member], inputs: Any, batch: Hashable) -> Outputs:
         """What the modules that members reuse give in the common network."""
         reads: Counter[str] = Counter()
         for member in _whole(members):
-            reads.update({name: int(read) for name, read in member.reuse.items()})
+            reads.update({name: int(read) for name, read in member.reuse.asked(batch).items()})
         found: Outputs = {}
 
         def keep(name: str, output: Any) -> None:
@@ -289,12 +318,35 @@ class SharedPrefix:
         return found
 
 
+@dataclass(frozen=True)
+class _Norms:
+    """A candidate's normalisations and the common network's of the same name: those that see what is the same there,
+    those that run, and of these the ones that see what is narrower, with the positions that are left."""
+
+    whole: list[tuple[nn.Module, nn.Module]]
+    own: list[tuple[nn.modules.batchnorm._BatchNorm, nn.Module]]
+    narrower: list[tuple[nn.Module, nn.Module, Mapping[str, Positions]]]
+
+    def alike(self) -> bool:
+        """Whether those that see what is narrower have the statistics of the others, to the bit."""
+        return all(
+            torch.equal(module.get_buffer(buffer), narrowed(theirs.get_buffer(buffer), [where]))
+            for module, theirs, positions in self.narrower
+            for buffer, where in positions.items()
+        )
+
+    def hand_over(self, *, narrower: bool) -> None:
+        """Give those that did not run, or not always, the statistics of the common network."""
+        for module, theirs in self.whole:
+            for buffer, values in theirs.named_buffers(recurse=False):
+                setattr(module, buffer, values)
+        for module, theirs, positions in self.narrower if narrower else ():
+            for buffer, where in positions.items():
+                setattr(module, buffer, narrowed(theirs.get_buffer(buffer), [where]))
+
+
 def _whole(members: Sequence[_Member]) -> list[_Member]:
     return [member for member in members if not member.failed]
-
-
-def _of(outputs: Outputs, member: _Member) -> Outputs:
-    return {name: outputs[name] for name in member.reuse if name in outputs}
 
 
 def _common(candidates: Sequence[Sequence[Labels]]) -> list[Labels]:

@@ -6,11 +6,13 @@ Letters: G groups, U units of one group, P positions of one unit along a paramet
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from types import BuiltinFunctionType, FunctionType, NoneType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from autoprune.core import PruningSpace, Slice, Term, Width
 from autoprune.units import Labels
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # stacked in one weight of nn.RNNBase, by its mode
+ATOMS = {int, float, complex, bool, str, bytes, type, NoneType, FunctionType, BuiltinFunctionType}  # never copied
 
 
 @dataclass(frozen=True)
@@ -115,10 +118,10 @@ class TracedModel:
         for group, slices, units in zip(self.space.groups, self.slices, kept, strict=True):
             if len(units) == group.size:
                 continue
-            gone = np.setdiff1d(np.arange(group.size), units)
+            gone = _rest(units, group.size)
             for piece in slices:
-                known = removed[piece.tensor].get(piece.dim, np.empty(0, dtype=np.int64))
-                removed[piece.tensor][piece.dim] = np.concatenate([known, piece.positions[gone].ravel()])
+                dims, where = removed[piece.tensor], piece.positions[gone].ravel()
+                dims[piece.dim] = np.concatenate([dims[piece.dim], where]) if piece.dim in dims else where
         return removed
 
     def weight_widths(self, model: nn.Module) -> dict[str, tuple[Width, Width]]:
@@ -175,7 +178,14 @@ def widths(slices: Sequence[Sequence[Slice]], shapes: Mapping[str, Sequence[int]
 
 def _others(positions: Labels, size: int) -> Tensor:
     """All positions along a dimension but these, ascending."""
-    return torch.from_numpy(np.setdiff1d(np.arange(size), positions))
+    return torch.from_numpy(_rest(positions, size))
+
+
+def _rest(numbers: Labels, size: int) -> Labels:
+    """0 to size - 1 but these, ascending."""
+    rest = np.ones(size, dtype=bool)
+    rest[numbers] = False
+    return np.flatnonzero(rest)
 
 
 def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -184,7 +194,37 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     for name, tensor in tensors_of(model):
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(tensors[name], tensor.requires_grad) if is_parameter else tensors[name]
-    return copy.deepcopy(model, memo)
+    return _copied(model, memo)  # type: ignore[no-any-return]
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """What copy.deepcopy gives of a module, or of what it holds, without its detours for what modules hold most."""
+    kind: Any = type(value)
+    if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if kind is set and ATOMS.issuperset(map(type, value)):
+        memo[id(value)] = set(value)
+    elif kind in (dict, OrderedDict):
+        made = memo[id(value)] = kind()
+        for key, each in value.items():
+            made[_copied(key, memo)] = _copied(each, memo)
+    elif isinstance(value, nn.Module) and "__deepcopy__" not in value.__dict__ and _ordinary(kind):
+        made, state = kind.__new__(kind), value.__getstate__()
+        memo[id(value)] = made
+        made.__setstate__({n: each if type(each) in ATOMS else _copied(each, memo) for n, each in state.items()})
+    else:
+        return copy.deepcopy(value, memo)
+    return memo[id(value)]
+
+
+@functools.cache
+def _ordinary(kind: type[nn.Module]) -> bool:
+    """Whether copy.deepcopy takes a module of this class for its state, and nothing else."""
+    own = kind.__getstate__ is nn.Module.__getstate__ and kind.__reduce_ex__ is object.__reduce_ex__
+    others = ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__")
+    return own and kind.__reduce__ is object.__reduce__ and not any(hasattr(kind, name) for name in others)
 
 
 def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
