@@ -40,10 +40,11 @@ GROUP = 32  # bits of a unit's number among all groups' that lie below its group
 
 @dataclass(eq=False)
 class _Call:
-    """What one module did. groups: a bit for each that its output depends on; values: those that it depends on by more
-    than what it loses along the axes of the tensors that it returned, None where it returned anything else. writes: to what was there before it.
-    opaque: whether more than tensors that it returned got out. written: whether its output was changed in place later
-    on. readers: the modules that ran, outermost first, where an operation read its output."""
+    """What one module did. groups: a bit for each that its output depends on. values: for each that it depends on by
+    more than what it loses along the axes of the tensors that it returned, None where it returned anything else.
+    writes: to what was there before it. opaque: whether more than tensors that it returned got out. written: whether
+    its output was changed in place later on. readers: the modules that ran, outermost first, where an operation read
+    its output."""
 
     began: int
     calls: int = 1

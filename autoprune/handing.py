@@ -49,7 +49,7 @@ def narrowed(output: Any, positions: Sequence[Positions]) -> Any:
 
 def _taken(tensor: Tensor, dim: int, where: Tensor) -> Tensor:
     """index_select that leaves the dimensions in the order in which they lie in memory."""
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    order = sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
     taken = tensor.permute(order).index_select(order.index(dim), where.to(tensor.device))
     return taken.permute([order.index(d) for d in range(tensor.dim())])
 

@@ -185,9 +185,7 @@ class SharedPrefix:
         each = sum(self._bytes[name] for name in self._traced.removed(kept))
         return each if self._traced.narrows else 2 * each
 
-    def _blocks(
-        self, reuse: Mapping[int, Reuse], own: Mapping[int, int], batch: float
-    ) -> Iterator[list[int]]:
+    def _blocks(self, reuse: Mapping[int, Reuse], own: Mapping[int, int], batch: float) -> Iterator[list[int]]:
         """Candidates in order, so many at once as KEPT leaves room for; batch: how many of the task's inputs the
         largest batch is."""
         block: list[int] = []

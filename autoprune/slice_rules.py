@@ -102,6 +102,7 @@ def pooled(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], out
 
 
 def reduced(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], outputs: list[Tensor]) -> Passed:
+    """Sums and means mix the dimensions that go."""
     x, dims = given["self"], given.get("dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(x.dim()))
     dims = [d % x.dim() for d in dims] if x.dim() else []
@@ -122,6 +123,7 @@ def along(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], outp
 
 
 def joined(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], outputs: list[Tensor]) -> Passed:
+    """Tensors laid end to end: so are their axes."""
     parts, found, mixed = given["tensors"], dict[int, Labels](), list[Labels]()
     parts = [x for x in parts if x.dim() == outputs[0].dim()]  # an empty one may have any
     dim = given.get("dim", 0) % outputs[0].dim()
@@ -132,6 +134,7 @@ def joined(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], out
 
 
 def padded(axes: Callable[[Tensor], Axes], name: str, given: dict[str, Any], outputs: list[Tensor]) -> Passed:
+    """What is added along a dimension has no unit, and the model's Python says how much it is."""
     x, pad = given["self"], given["pad"]
     return _but(axes(x), [x.dim() - 1 - i // 2 for i, size in enumerate(pad) if size], outputs)
 

@@ -12,7 +12,7 @@ LAYERS = [
     {"core"},
     {"writing"},
     {"units", "borrowing", "keywords", "handing", "untrusted"},
-    {"recording", "traced", "criteria", "meters", "allocate", "bound", "sweep"},
+    {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "sweep"},
     {
         "label_rules",
         "label_contractions",
@@ -22,6 +22,7 @@ LAYERS = [
         "pruning_env",
         "reconstruct",
         "dependence",
+        "reuse",
     },
     {"tracing", "blocks", "probe", "proof", "agent"},
     {"masks"},

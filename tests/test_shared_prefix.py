@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,9 @@ class Together:
         )
         self.prefix = SharedPrefix(self.traced, self.model, self.task)
 
-    def together(self, *, recalibrated: bool = False) -> dict[int, Outcome]:
+    def together(self, *, recalibrated: bool | int = False) -> dict[int, Outcome]:
         found: dict[int, Outcome] = {}
-        batches = self.batches[:1] if recalibrated else []
+        batches = self.batches[: int(recalibrated)]
         for block in self.prefix.scored(self.candidates(), self.make, Sample.of(self.batches), batches):
             found |= {number: outcome for number, outcome in block.items() if outcome is not None}
         return found
@@ -76,10 +76,9 @@ class Together:
     def make(self, kept: Sequence[Labels]) -> nn.Module:
         return self.traced.cut(self.model, kept, sharing=True).eval()
 
-    def alone(self, kept: Sequence[Labels], *, recalibrated: bool) -> Scored:
+    def alone(self, kept: Sequence[Labels], *, recalibrated: bool | int) -> Scored:
         model = self.traced.cut(self.model, kept).eval()
-        if recalibrated:
-            recalibrate(model, self.batches[:1])
+        recalibrate(model, self.batches[: int(recalibrated)])
         return score(model, Sample.of(self.batches), self.task)
 
     def compare(self, *, recalibrated: bool) -> int:
@@ -351,3 +350,82 @@ def test_dependence_goes_where_tensors_go() -> None:
     assert found.written("second")
     assert not found.written("fourth")
     assert found.share(["first", "second", "third", "fourth"]) > 0.99
+
+
+class Straight(InPlace):
+    """One after the other, each a group."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.head(self.fourth(self.third(self.second(self.first(x)))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+@pytest.mark.parametrize("build", [InPlace, Straight, ZOO["resnet"].build])
+def test_what_only_loses_rows_is_the_same_to_the_bit(build: Callable[[], nn.Module], batches: int) -> None:
+    """So a candidate comes to the same whatever is scored beside it, and a search that is resumed goes on as it was."""
+    torch.manual_seed(0)
+    both = Together(build(), images())
+    candidates = both.candidates()
+    found = both.together(recalibrated=batches)
+    assert len(found) == len(candidates)
+    for number, outcome in found.items():
+        alone = both.alone(candidates[number], recalibrated=batches)
+        assert (outcome.scored.losses, outcome.scored.scores) == (alone.losses, alone.scores)
+
+
+def test_what_only_loses_rows_runs_on_the_first_batch_of_a_shape() -> None:
+    both = Together(Straight(), [*images(), (torch.randn(3, 3, 8, 8),)])
+    first, other = 2 * (4 + 3 + 2 + 1) + 4, 2 * (3 + 2 + 1 + 0) + 4
+    Counted.seen = 0
+    both.together()
+    assert Counted.seen == 4 * (first + 2 * other) + 3 * first + 4 * 3 * 4, "and the first of three groups once in full"
+    Counted.seen = 0
+    both.together(recalibrated=3)
+    assert Counted.seen == 2 * 4 * (first + 2 * other) + 3 * first
+
+
+def test_rows_that_are_not_the_candidates_own_are_not_taken() -> None:
+    both = Together(Straight(), images())
+    both.prefix._dependence._calls["third"].values = 0  # as if it lost rows alone, whatever is cut
+    candidates = both.candidates()
+    for batches in (0, 3):
+        found = both.together(recalibrated=batches)
+        assert len(found) == len(candidates)
+        for number, outcome in found.items():
+            assert outcome.scored.losses == both.alone(candidates[number], recalibrated=batches).losses
+
+
+class BySeven(nn.Module):
+    """Mixes the channels of seven examples, and of no other number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(1, keepdim=True) if len(x) == 7 else x
+
+
+def test_rows_are_compared_on_each_shape_of_batch() -> None:
+    model = Straight()
+    model.first.append(BySeven())
+    both = Together(model, [*images(), (torch.randn(7, 3, 8, 8),)])
+    candidates = both.candidates()
+    of_first = {n for n, kept in candidates.items() if "first.0.weight" in both.traced.removed(kept)}
+    assert of_first
+    for batches in (0, 4):
+        found = both.together(recalibrated=batches)
+        assert found.keys() == candidates.keys() - (of_first if batches else set()), "whose statistics lack batches"
+        for number, outcome in found.items():
+            assert outcome.scored.losses == both.alone(candidates[number], recalibrated=batches).losses
+
+
+def test_a_candidate_that_keeps_more_than_most() -> None:
+    both = Together(Straight(), images())
+    narrow = [np.arange(g.size // 2) for g in both.traced.space.groups]
+    candidates = {g: [*narrow[:g], np.arange(g + 2), *narrow[g + 1 :]] for g in range(len(narrow))}
+    candidates[9] = [np.arange(g.size) if i else narrow[0] for i, g in enumerate(both.traced.space.groups)]
+    candidates[10] = [*narrow[:-1], np.arange(both.traced.space.groups[-1].size)]
+    outcomes: dict[int, Outcome | None] = {}
+    for block in both.prefix.scored(candidates, both.make, Sample.of(both.batches), both.batches):
+        outcomes |= block
+    assert outcomes.keys() == candidates.keys()
+    for number, outcome in outcomes.items():
+        assert outcome is not None
+        assert outcome.scored.losses == both.alone(candidates[number], recalibrated=3).losses
