@@ -21,6 +21,7 @@ test-slow:
 bench:
 	$(PYTHON) experiments/allocation/scale.py
 	$(PYTHON) experiments/tracing/speed.py
+	$(PYTHON) experiments/benchmarks/building.py
 	$(PYTHON) experiments/benchmarks/sweeps.py
 	$(PYTHON) experiments/benchmarks/searches.py
 	$(PYTHON) experiments/benchmarks/workers.py

@@ -237,8 +237,10 @@ class SharedPrefix:
         reused = frozenset(member.reuse.whole)
         if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
             with member.working():
-                same = alike(output, member.model(*arguments(inputs, self._device)))
-                (self._shown if same else self._refuted).add(reused)
+                began = time.perf_counter()
+                whole = member.model(*arguments(inputs, self._device))
+                member.tally.forward += time.perf_counter() - began
+                (self._shown if alike(output, whole) else self._refuted).add(reused)
 
     def _recalibrate(
         self, network: nn.Module, common: Sequence[Labels], members: Sequence[_Member], batches: Sequence[Any]
