@@ -262,9 +262,7 @@ class SharedPrefix:
                         narrower = bool(member.reuse.narrower)
                         with member.working(), member.reuse.taking(member.model, outputs, batch):
                             member.model(*arguments(inputs, self._device))
-                        if number == 0 and not norms[id(member)].alike():
-                            member.reuse.refuse()
-                        # what it did not compute of earlier batches is missing from its statistics
+                        # else what it did not compute of earlier batches is missing from its statistics
                         member.failed |= number > 0 and narrower and not member.reuse.narrower
                     outputs.clear()
         for member in _whole(members):
@@ -326,14 +324,6 @@ class _Norms:
     whole: list[tuple[nn.Module, nn.Module]]
     own: list[tuple[nn.modules.batchnorm._BatchNorm, nn.Module]]
     narrower: list[tuple[nn.Module, nn.Module, Mapping[str, Positions]]]
-
-    def alike(self) -> bool:
-        """Whether those that see what is narrower have the statistics of the others, to the bit."""
-        return all(
-            torch.equal(module.get_buffer(buffer), narrowed(theirs.get_buffer(buffer), [where]))
-            for module, theirs, positions in self.narrower
-            for buffer, where in positions.items()
-        )
 
     def hand_over(self, *, narrower: bool) -> None:
         """Give those that did not run, or not always, the statistics of the common network."""

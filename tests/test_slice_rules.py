@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from zoo import ZOO
 
 from autoprune.dependence import Dependence
-from autoprune.handing import narrowed
+from autoprune.handing import narrowed, same
 from autoprune.probe import randomise
 from autoprune.space import trace
 
@@ -141,3 +141,30 @@ def between(act: Callable[[Tensor], Tensor]) -> tuple[nn.Module, tuple[Tensor, .
     model, inputs = Between(act), (torch.randn(2, 3, 8, 8),)
     model(*inputs)
     return model, inputs
+
+
+class Looped(nn.Module):
+    """A convolution that reads the units that it makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.loop = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return torch.as_tensor(self.head(x + self.loop(x)))
+
+
+def test_a_layer_that_reads_the_units_that_it_makes_runs() -> None:
+    torch.manual_seed(0)
+    assert narrower(Looped(), (torch.randn(2, 3, 8, 8),)) == {"stem": {"stem"}}
+
+
+def test_what_is_left_lies_in_memory_as_before() -> None:
+    x, where = torch.randn(2, 6, 4, 4), torch.tensor([0, 3, 5])
+    for form in (torch.contiguous_format, torch.channels_last):
+        (left,) = narrowed([x.contiguous(memory_format=form)], [{1: where}])
+        assert same(left, x[:, where].contiguous(memory_format=form))
+    assert not same(x, x.contiguous(memory_format=torch.channels_last))
+    assert not same(x, x + 1e-6)

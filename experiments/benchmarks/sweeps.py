@@ -3,8 +3,9 @@
 Every group alone at two levels, healed as by default (on one batch) and scored on the same 500 images: each candidate
 cut and run in full, beside candidates that share what comes before the first difference. The floor is what must be
 computed again in any case: the seconds of each candidate's forward pass but for those of the modules whose outputs
-cannot differ, or only lose rows. Seconds are of CPU, of one thread, so that what else runs disturbs less. Then the sweep that a search does (bisection, on the fifth of the images that decides) beside every level
-on all images, each candidate alone, for the trained ResNet-20. Rows go to results/sweeps.json.
+cannot differ, or only lose rows. Then the sweep that a search does (bisection, on the fifth of the images that decides)
+beside every level on all images, each candidate alone, for the trained ResNet-20. Seconds are of CPU, of one thread, so
+that what else runs disturbs less. Rows go to results/sweeps.json.
 """
 
 from __future__ import annotations
