@@ -22,6 +22,7 @@ from autoprune.core import PruningSpace, Slice, Term, Width
 from autoprune.units import Labels
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}  # stacked in one weight of nn.RNNBase, by its mode
+HOOKS = {name for name, value in vars(nn.Module()).items() if isinstance(value, OrderedDict)}
 ATOMS = {int, float, complex, bool, str, bytes, type, NoneType, FunctionType, BuiltinFunctionType}  # never copied
 
 
@@ -76,7 +77,9 @@ class TracedModel:
         removed, tensors = self.removed(kept), {}
         for name, tensor in tensors_of(model):
             data = tensor.detach()
-            for dim, gone in removed.get(name, {}).items():
+            dims = removed.get(name, {})
+            for dim in sorted(dims):  # whole rows first, so that least is copied
+                gone = dims[dim]
                 data = data.index_select(dim, _others(gone, data.shape[dim]).to(data.device))
             shared = sharing and isinstance(tensor, nn.Parameter)
             tensors[name] = data.clone() if data.data_ptr() == tensor.data_ptr() and not shared else data
@@ -213,7 +216,11 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
     elif isinstance(value, nn.Module) and "__deepcopy__" not in value.__dict__ and _ordinary(kind):
         made, state = kind.__new__(kind), value.__getstate__()
         memo[id(value)] = made
-        made.__setstate__({n: each if type(each) in ATOMS else _copied(each, memo) for n, each in state.items()})
+        for name, each in state.items():
+            if type(each) not in ATOMS:
+                none = name in HOOKS and type(each) is OrderedDict and not each
+                state[name] = OrderedDict() if none else _copied(each, memo)
+        made.__setstate__(state)
     else:
         return copy.deepcopy(value, memo)
     return memo[id(value)]
