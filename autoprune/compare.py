@@ -17,7 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from autoprune import __version__, components, run, untrusted
 from autoprune.borrowing import first, seeded
@@ -205,7 +205,7 @@ def half_width(values: Sequence[float]) -> float:
     count = len(values)
     if count < 2:
         return math.inf
-    return float(student.ppf(0.975, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
 
 
 def plot(rows: Sequence[Row]) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import t as student
+from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
@@ -77,7 +77,7 @@ class Sample:
         shares = np.asarray(self.weights) / sum(self.weights)
         strata, halves = shares.reshape(-1, 2).sum(1), np.asarray(values).reshape(-1, 2)
         deviation = math.sqrt(float(((strata * (halves[:, 0] - halves[:, 1]) / 2) ** 2).sum()))
-        half = float(student.ppf(0.975, len(halves))) * deviation
+        half = float(stdtrit(len(halves), 0.975)) * deviation
         return -half, half
 
 
@@ -212,7 +212,7 @@ def _strata(key: NDArray[np.float64], count: int) -> list[NDArray[np.int64]]:
 def interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float]:
     """Half widths (low < 0 < high) of the 95 % interval of the mean over chunks."""
     k = len(values)
-    half = float(student.ppf(0.975, k - 1) * np.std(values, ddof=1) / math.sqrt(k)) if k > 1 else math.inf
+    half = float(stdtrit(k - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(k)) if k > 1 else math.inf
     return -half, half
 
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from autoprune.core import Measurement
 from autoprune.meters.device import Device, fresh
@@ -268,7 +267,7 @@ def quantile_ratio(samples: Sequence[Floats], others: Sequence[Floats], seed: in
 def _stretched(value: float, resampled: Floats, k: int) -> Interval:
     """The value with the bootstrap's 95 % interval, as wide as Student's t asks for K processes; on a log scale, as
     times are positive."""
-    stretch = float(student.ppf(0.975, k - 1) / norm.ppf(0.975) * np.sqrt(k / (k - 1)))
+    stretch = float(stdtrit(k - 1, 0.975) / ndtri(0.975) * np.sqrt(k / (k - 1)))
     low, high = (float(q) for q in np.quantile(resampled / value, [0.025, 0.975]))
     return value, value * min(low, 1.0) ** stretch, value * max(high, 1.0) ** stretch
 
