@@ -39,13 +39,14 @@ def memory_mb() -> float:
 def recorded(world: World, strategy: Any, folder: str) -> dict[str, Any]:
     """A whole search with a study, and what it takes to go on from its end."""
     place: dict[str, Any] = {"fingerprint": {"world": 0}, "space": world.space, "budgets": world.budgets}
-    study = Study(f"sqlite:///{folder}/studies.db", "growth", **place)
-    before, began = memory_mb(), time.perf_counter()
-    trials = search(strategy, world.evaluate, study.record)
-    seconds = time.perf_counter() - began
+    url = f"sqlite:///{folder}/studies.db"
+    with Study(url, "growth", **place) as study:
+        before, began = memory_mb(), time.perf_counter()
+        trials = search(strategy, world.evaluate, study.record)
+        seconds = time.perf_counter() - began
     began = time.perf_counter()
-    again = Study(f"sqlite:///{folder}/studies.db", "growth", **place).trials()
-    assert len(again) == len(trials)
+    with Study(url, "growth", **place) as study:
+        assert study.trials() == trials
     return {
         "trials": len(trials),
         "ms_a_trial": round(1000 * seconds / len(trials), 2),
