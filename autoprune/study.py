@@ -58,6 +58,7 @@ class Study:
         directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * len(self._costs)]
         make = partial(optuna.create_study, storage=self._opened, study_name=name, directions=directions)
         self._study = self._at_first(partial(make, load_if_exists=True))
+        self._id = self._at_first(partial(self._opened.get_study_id_from_name, name))
         mine = json.loads(json.dumps({"schema": SCHEMA, **fingerprint}))
         try:
             self._check(mine)
@@ -87,10 +88,13 @@ class Study:
         with usable(self.storage):
             return waiting(self.storage, call, self._progress)
 
+    def _recorded(self) -> list[FrozenTrial]:
+        """From the storage itself, as an Optuna study keeps a copy of every trial in memory."""
+        return self._opened.get_all_trials(self._id, deepcopy=False)
+
     def _hold(self) -> None:
         if isinstance(self._opened, optuna.storages.RDBStorage):
-            study_id = self._at_first(partial(self._opened.get_study_id_from_name, self.name))
-            lease = Lease(self._opened.engine, study_id, f"'{self.name}' in {shown(self.storage)}")
+            lease = Lease(self._opened.engine, self._id, f"'{self.name}' in {shown(self.storage)}")
             self._at_first(partial(lease.take, self._progress.say))
             self._lease = lease
 
@@ -98,9 +102,7 @@ class Study:
         """Whether the study has this fingerprint already. Raises InputError where it has another."""
         attributes = self._at_first(lambda: self._study.user_attrs)
         known, place = attributes.get("fingerprint"), f"study '{self.name}' in {shown(self.storage)}"
-        if known is None and (
-            attributes.keys() - {KEY} or self._at_first(partial(self._study.get_trials, deepcopy=False))
-        ):
+        if known is None and (attributes.keys() - {KEY} or self._at_first(self._recorded)):
             raise InputError(f"{place} was not made by autoprune: choose another study.name")
         if not isinstance(known, dict | None):
             raise InputError(f"{place} is damaged: choose another study.name")
@@ -123,7 +125,7 @@ class Study:
             InputError: the storage or a trial in it is damaged.
         """
         found: dict[int, tuple[str, Trial]] = {}
-        for frozen in self._at_first(partial(self._study.get_trials, deepcopy=False)):
+        for frozen in self._at_first(self._recorded):
             if text := frozen.user_attrs.get("trial"):
                 trial = self._read(frozen)
                 number = trial.number
@@ -178,9 +180,9 @@ class Study:
         def write() -> None:
             if self._lease is not None:
                 self._lease.renew()
-            if next(tries) and any(known.user_attrs.get("trial") == text for known in self._study.get_trials()):
+            if next(tries) and any(known.user_attrs.get("trial") == text for known in self._recorded()):
                 return  # it was written, and the answer to that was lost
-            self._study.add_trial(frozen)
+            self._opened.create_new_trial(self._id, template_trial=frozen)
 
         patiently(self.storage, write, self._progress)
 
