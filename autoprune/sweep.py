@@ -15,7 +15,7 @@ import numpy as np
 from scipy.interpolate import PchipInterpolator
 from scipy.optimize import isotonic_regression
 
-from autoprune.core import Candidate, PruningSpace, Trial
+from autoprune.core import Candidate, PruningSpace, Recovery, Trial
 
 if TYPE_CHECKING:
     from autoprune.core import Floats
@@ -25,7 +25,7 @@ RESOLUTION = 0.25  # see bisected
 
 
 def bisected(
-    space: PruningSpace, *, fidelity: float = 0.2
+    space: PruningSpace, *, fidelity: float = 0.2, recovery: Recovery = "probe"
 ) -> Generator[list[Candidate], Sequence[Trial], list[Floats]]:
     """Loss increases [L] of each group alone, scored where its curve rises and interpolated where it does not.
 
@@ -33,14 +33,15 @@ def bisected(
     at its deepest level, then the middle between two levels as long as the roots of their losses differ by more than
     RESOLUTION of the root of what the groups lose at their deepest, in the median: roots, because what an allocation
     has to choose from is low. What loses more than that median is no choice and is not told apart.
-    A level that fails bars the deeper ones. Candidates are scored at `fidelity`, beside the dense network healed alike.
+    A level that fails bars the deeper ones. Candidates get this recovery and are scored at `fidelity`, beside the dense
+    network healed alike.
     """
     increases: list[dict[int, float]] = [{0: 0.0} for _ in space.groups]
     asked = [(g, len(group.levels) - 1) for g, group in enumerate(space.groups) if len(group.levels) > 1]
     reference = math.nan
     while asked:
-        candidates = [Candidate(ratios=space.ratios(alone(space, cell)), fidelity=fidelity) for cell in asked]
-        dense, *trials = yield [Candidate(ratios=space.dense(), fidelity=fidelity), *candidates]
+        ratios = [space.dense(), *(space.ratios(alone(space, cell)) for cell in asked)]
+        dense, *trials = yield [Candidate(ratios=each, recovery=recovery, fidelity=fidelity) for each in ratios]
         reference = reference if dense.error else dense.loss
         for (g, level), trial in zip(asked, trials, strict=True):
             increases[g][level] = math.inf if trial.error else max(trial.loss - reference, 0.0)
@@ -83,35 +84,6 @@ def monotone(points: Mapping[int, float], count: int) -> Floats:
     return row
 
 
-def cells(space: PruningSpace, count: int) -> list[tuple[int, int]]:
-    """(group, level) of at most `count` levels a group, spread evenly, the deepest included."""
-    found = []
-    for g, group in enumerate(space.groups):
-        last = len(group.levels) - 1
-        found += [(g, level) for level in sorted({math.ceil((i + 1) * last / count) for i in range(count)} - {0})]
-    return found
-
-
 def alone(space: PruningSpace, cell: tuple[int, int]) -> Levels:
     """The levels [G] at which one group is cut and no other."""
     return tuple(cell[1] if g == cell[0] else 0 for g in range(len(space.groups)))
-
-
-def increases(
-    space: PruningSpace, swept: Sequence[tuple[int, int]], dense: Trial, trials: Sequence[Trial]
-) -> list[Floats]:
-    """Loss increases over the dense network, [L] a group, made to rise and interpolated between the cells; infinite
-    from the first level that failed."""
-    rows = []
-    for g, group in enumerate(space.groups):
-        known, losses = [0], [0.0]
-        for (owner, level), trial in zip(swept, trials, strict=True):
-            if owner == g and trial.error is not None:
-                break
-            if owner == g:
-                known.append(level)
-                losses.append(max(losses[-1], trial.loss - dense.loss))
-        row = np.full(len(group.levels), math.inf)
-        row[: known[-1] + 1] = np.interp(np.arange(known[-1] + 1), known, losses)
-        rows.append(row)
-    return rows

@@ -18,6 +18,7 @@ import pytest
 import torch
 from tiny import ends, make_task
 from torch import Tensor, nn
+from zoo import cells
 
 import autoprune
 from autoprune.cli import main
@@ -27,7 +28,7 @@ from autoprune.evaluate import Evaluator, Scoring
 from autoprune.recover import FineTune
 from autoprune.space import trace
 from autoprune.spread import DEATHS, STARTS, Spread
-from autoprune.sweep import alone, cells
+from autoprune.sweep import alone
 from autoprune.workers import Crew, Local, WorkersLostError
 
 

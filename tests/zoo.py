@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from autoprune.core import PruningSpace
 from autoprune.tasks.resnet import ResNet
 
 
@@ -439,3 +441,12 @@ ZOO = {
     "listed_split": Specimen(ListedSplit, {"a.0": 4, "a.0#2": 2, "b.0": 12}),
     "fixed_split": Specimen(FixedSplit, {"a.0#2": 6, "b.0": 12}),
 }
+
+
+def cells(space: PruningSpace, count: int) -> list[tuple[int, int]]:
+    """(group, level) of at most `count` levels a group, spread evenly, the deepest included."""
+    found = []
+    for g, group in enumerate(space.groups):
+        last = len(group.levels) - 1
+        found += [(g, level) for level in sorted({math.ceil((i + 1) * last / count) for i in range(count)} - {0})]
+    return found

@@ -53,8 +53,6 @@ from autoprune.core import (
 from autoprune.finalists import Conversation, Ending
 from autoprune.pruning_env import REWARDS, LayerPruningEnv, penalty
 
-SWEPT = 4  # levels of each group that `allocations` scores
-
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
@@ -245,10 +243,7 @@ class Amc(Scripted):
         """The exact allocations that were asked for, on the loss increases of a sweep."""
         if not self.allocations:
             return []
-        swept = sweep.cells(self.space, SWEPT)
-        asked = [self.space.dense(), *(self.space.ratios(sweep.alone(self.space, cell)) for cell in swept)]
-        dense, *trials = yield [Candidate(ratios=ratios, recovery=self.proxy) for ratios in asked]
-        losses = sweep.increases(self.space, swept, dense, trials)
+        losses = yield from sweep.bisected(self.space, recovery=self.proxy)
         found: list[Levels] = []
         for fraction in self.allocations:
             limits = [(f, fraction * b.limit) for b in self.budgets for f in self.costs[b.cost].tables()]

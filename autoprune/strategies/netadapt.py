@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from autoprune.core import Floats
 
 CLOSE = 0.05  # a winner predicted nearer to where it would matter is measured in earnest
-SWEPT = 4  # levels of each group that start="allocation" scores
 SEVERAL = "several"  # instead of a group's name: a proposal that cuts more than one
 Levels = tuple[int, ...]
 Conversation = Generator[list[Candidate], Sequence[Trial], "Trial | None"]
@@ -288,13 +287,11 @@ class NetAdapt(Scripted):
 
     def _begin(self) -> Conversation:
         """The dense network's score; with start="allocation" a sweep, and the measured network that it leads to."""
-        swept = sweep.cells(self.space, SWEPT) if self.start == "allocation" else []
-        dense = Candidate(ratios=self.space.dense(), recovery="none")
-        first, *trials = yield [dense, *(Candidate(ratios=self.space.ratios(self._moved(*cell))) for cell in swept)]
-        self._score = first.score
-        if not swept:
+        (dense,) = yield [Candidate(ratios=self.space.dense(), recovery="none")]
+        self._score = dense.score
+        if self.start == "dense":
             return None
-        self._sweep = sweep.increases(self.space, swept, first, trials)
+        self._sweep = yield from sweep.bisected(self.space)
         return (yield from self._allocated(self._sweep))
 
     def _allocated(self, losses: Sequence[Floats]) -> Conversation:

@@ -28,6 +28,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from zoo import InvertedResidual, conv
+from zoo import cells as cells_of
 
 from autoprune import sweep
 from autoprune.core import Candidate, Task, Trial
@@ -119,7 +120,7 @@ def timed(ours: Evaluator, candidates: Sequence[Candidate], start: int = 0) -> t
 
 def cells(traced: TracedModel, count: int) -> list[Candidate]:
     space = traced.space
-    return [Candidate(ratios=space.ratios(sweep.alone(space, cell))) for cell in sweep.cells(space, count)]
+    return [Candidate(ratios=space.ratios(sweep.alone(space, cell))) for cell in cells_of(space, count)]
 
 
 def floor(ours: Evaluator, candidates: Sequence[Candidate]) -> float:
