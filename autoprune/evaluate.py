@@ -164,6 +164,10 @@ class Evaluator:
     def __call__(self, batch: Iterable[tuple[int, Candidate]]) -> Iterator[Trial]:
         batch = list(batch)
         self.expect(batch)
+        yield from self.trials(batch)
+
+    def trials(self, batch: Sequence[tuple[int, Candidate]]) -> Iterator[Trial]:
+        """Of candidates that are expected."""
         beside = Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
         for number, candidate in batch:
             with threads(self.scoring.threads):
@@ -216,8 +220,10 @@ class Evaluator:
         while older.keys() - known.keys():
             known |= older
             older = self._parents(older.values())
-        for parent in parents.values():
-            with suppress(ValueError):  # what is no candidate at all becomes a failed trial
+        for number, parent in parents.items() if self._networks is not None else ():
+            with suppress(Exception):  # what cannot be made fails with each of its children
+                if self._stored(parent) is None:
+                    self._spread(number)  # once, here
                 if tensors := self._stored(parent):
                     networks[self._digest(parent)] = tensors
         return Parcel(tuple(batch), known, None if self._networks is None else networks)
@@ -232,6 +238,7 @@ class Evaluator:
         for digest, tensors in (parcel.networks or {}).items():
             networks.add(digest, tensors)
         self._known, self._networks = dict(parcel.known), None if parcel.networks is None else networks
+        self._scored.clear()
         sent, saved = set(networks.in_memory()), self._saved_here
         for trial in self(parcel.batch):
             made = {digest: t for digest, t in networks.in_memory().items() if digest not in sent}
@@ -240,14 +247,15 @@ class Evaluator:
 
     def took(self, evaluated: Evaluated) -> Trial:
         """A trial that came from another process."""
-        self._add(evaluated.trial)
-        self.hits += evaluated.trial.cached
-        self.evaluations += not evaluated.trial.cached
+        trial = replace(evaluated.trial, candidate=self._known[evaluated.trial.number])
+        self._add(trial)
+        self.hits += trial.cached
+        self.evaluations += not trial.cached
         self._saved_elsewhere += evaluated.saved
         if self._networks is not None:
             for digest, tensors in evaluated.networks.items():
                 self._networks.add(digest, tensors)
-        return evaluated.trial
+        return trial
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ from autoprune.workers import Crew, Done, Failed, LostError, Ready, Said, Serial
 LOG = logging.getLogger("autoprune")
 DEATHS = 3
 STARTS = 10
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")
 START_S = 300.0  # for a worker to come up
 GRACE_S = 1.0  # a time limit is looked after so much later, for what is on its way
 
@@ -76,9 +77,10 @@ class Spread:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hired in list(self._hired):
-            self._dismiss(hired)
-        self._crew.close()
+        with ExitStack() as each:
+            each.callback(self._crew.close)
+            for hired in list(self._hired):
+                each.callback(self._dismiss, hired)
 
     def __call__(self, batch: Sequence[Numbered]) -> Iterator[Trial]:
         self._evaluator.expect(batch)
@@ -90,7 +92,7 @@ class Spread:
                 if number in here:
                     for trial in arriving if candidate.measure else ():
                         heapq.heappush(waiting, (trial.number, trial))
-                    yield from self._evaluator([(number, candidate)])
+                    yield from self._evaluator.trials([(number, candidate)])
                     continue
                 while not waiting or waiting[0][0] != number:
                     trial = next(arriving)
@@ -113,11 +115,10 @@ class Spread:
             self._give(jobs)
             for hired in self._telling():
                 try:
-                    message = hired.worker.take()
+                    trial = self._took(hired, hired.worker.take())
                 except LostError as error:
                     yield from self._lost(hired, f"its worker {error}", jobs, deaths)
                     continue
-                trial = self._took(hired, message)
                 if trial is not None:
                     yield trial
             for hired in self._late():
@@ -141,7 +142,10 @@ class Spread:
         while jobs:
             free = next((hired for hired in self._hired if not hired.left), None)
             if free is None and len(self._hired) < self._crew.count:
-                worker = self._crew.hire(self._subject, self._evaluator.scoring.threads)
+                try:
+                    worker = self._crew.hire(self._subject, self._evaluator.scoring.threads)
+                except OSError as error:
+                    raise WorkersLostError(f"no worker can be started: {error}") from error
                 free = _Hired(worker, until=time.monotonic() + START_S)
                 self._hired.append(free)
             if free is None:
@@ -165,8 +169,12 @@ class Spread:
         return [busy[id(worker)] for worker in self._crew.telling([h.worker for h in busy.values()], timeout)]
 
     def _late(self) -> list[_Hired]:
+        """Those that are past their moment and silent: what has come meanwhile, while a trial was recorded, counts."""
         now = time.monotonic()
-        return [hired for hired in self._hired if hired.left and hired.until <= now]
+        late = {id(hired.worker): hired for hired in self._hired if hired.left and hired.until <= now}
+        for worker in self._crew.telling([hired.worker for hired in late.values()], 0) if late else ():
+            del late[id(worker)]
+        return list(late.values())
 
     def _took(self, hired: _Hired, message: Any) -> Trial | None:
         match message:
@@ -177,8 +185,10 @@ class Spread:
                 self._wind(hired)
             case Done():
                 pass
-            case Failed("StorageError", error):
+            case Failed(kind, error) if kind == StorageError.__name__:
                 raise StorageError(error)
+            case Failed(kind, error) if kind in OUT_OF_MEMORY:
+                raise LostError(f"ran out of memory ({error})")
             case Failed(kind, error):
                 raise InputError(
                     f"workers: another process cannot evaluate this task ({kind}: {error}): choose workers=serial"
@@ -197,7 +207,7 @@ class Spread:
         self._dismiss(hired)
         if not hired.ready:
             self._lost_starting += 1
-            if self._lost_starting == STARTS:
+            if self._lost_starting >= STARTS and not any(other.ready for other in self._hired):
                 raise WorkersLostError(f"{STARTS} workers in a row could not be started; of the last, {reason}")
         elif hired.left:
             LOG.warning("%s; %d candidates go to others", reason, len(hired.left))

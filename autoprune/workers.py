@@ -12,29 +12,35 @@ value. A Ray worker is an actor in a slot of the cluster; the evaluator is put i
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
+import math
+import mmap
 import os
 import pickle
 import queue
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from autoprune.core import InputError, check_rules
 
 LOG = logging.getLogger("autoprune")
 START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from autoprune.workers import serve; serve(int(sys.argv[1]), int(sys.argv[3]))"
+    "import json, sys; path, *numbers = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from autoprune.workers import serve; serve(*numbers)"
 )
+STUCK_S = 60  # that the other end may leave a message half written or half read
 BLAS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -43,7 +49,7 @@ class LostError(RuntimeError):
 
 
 class WorkersLostError(RuntimeError):
-    """No worker can be kept running: nothing more can be evaluated, and what was scored is kept."""
+    """No worker can be kept running: nothing more can be evaluated, and what was recorded is kept."""
 
 
 class Subject(Protocol):
@@ -126,8 +132,8 @@ class Serial(Workers):
     """Candidates are evaluated one after the other, in this process."""
 
 
-def packed(subject: Subject) -> bytes:
-    """A subject as bytes, for a process that reads them at once.
+def pack(subject: Subject, file: IO[bytes]) -> None:
+    """Write a subject as bytes, for processes that read them at once.
 
     Raises:
         InputError: it holds something that no other process can be given.
@@ -135,7 +141,10 @@ def packed(subject: Subject) -> bytes:
     import cloudpickle
 
     try:
-        return bytes(cloudpickle.dumps(subject))
+        cloudpickle.dump(subject, file)
+        file.flush()
+    except OSError:
+        raise
     except Exception as error:
         raise InputError(
             f"workers: the task cannot be sent to another process ({type(error).__name__}: {error}): its model, loss, "
@@ -173,45 +182,51 @@ class Local(Workers):
             {"memory_mb": memory_mb},
         )
         self.count, self.limit_s, self.memory_mb = count, limit_s, memory_mb
-        self._packed: tuple[Subject, bytes] | None = None
+        self._packed: IO[bytes] | None = None  # a file without a name
 
     def hire(self, subject: Subject, threads: int) -> Worker:
-        if self._packed is None or self._packed[0] is not subject:
-            self._packed = subject, packed(subject)
-        return _Process(self._packed[1], threads, 0 if self.memory_mb is None else round(self.memory_mb * 2**20))
+        if self._packed is None:
+            packed = tempfile.TemporaryFile()  # noqa: SIM115, closed in close
+            pack(subject, packed)
+            self._packed = packed
+        memory = 0 if self.memory_mb is None else round(self.memory_mb * 2**20)
+        return _Process(self._packed.fileno(), threads, memory)
 
     def telling(self, workers: Sequence[_Process], timeout_s: float | None) -> list[_Process]:
         ready = wait([worker.connection for worker in workers], timeout_s)
         return [worker for worker in workers if worker.connection in ready]
 
     def close(self) -> None:
+        if self._packed is not None:
+            self._packed.close()
         self._packed = None
 
 
 class _Process:
     """A local worker: a fresh Python that runs `serve`."""
 
-    def __init__(self, subject: bytes, threads: int, memory: int) -> None:
+    def __init__(self, subject: int, threads: int, memory: int) -> None:
         ours, theirs = socket.socketpair()
-        self.connection: Connection[Any, Any] = Connection(ours.detach())
-        words = [sys.executable, "-c", START, str(theirs.fileno()), json.dumps([str(p) for p in sys.path]), str(memory)]
+        for limit in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", STUCK_S, 0))
+        numbers = (theirs.fileno(), subject, memory)
+        words = [sys.executable, "-P", "-c", START, json.dumps([[str(p) for p in sys.path], *numbers])]
         environment = os.environ | dict.fromkeys(BLAS, str(threads))
-        with theirs:
+        with theirs, ours:
             self._process = subprocess.Popen(
-                words, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
+                words,
+                pass_fds=[theirs.fileno(), subject],
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                process_group=0,  # Ctrl-C is for who started it
             )
-        self._send(subject)
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def _send(self, message: bytes) -> None:
-        with contextlib.suppress(OSError):  # it is lost, and says so when it is heard
-            self.connection.send_bytes(message)
+            self.connection: Connection[Any, Any] = Connection(ours.detach())
 
     def give(self, parcel: Any) -> None:
-        self._send(pickle.dumps(parcel))
+        try:
+            self.connection.send_bytes(pickle.dumps(parcel))
+        except OSError:  # it is lost, and says so when it is heard
+            self._process.kill()
 
     def take(self) -> Any:
         try:
@@ -224,17 +239,21 @@ class _Process:
             status = self._process.wait(5)
         except subprocess.TimeoutExpired:
             return "closed its connection"
-        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        if status >= 0:
+            return f"ended with status {status}"
+        with contextlib.suppress(ValueError):
+            return f"was killed by {signal.Signals(-status).name}"
+        return f"was killed by signal {-status}"
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
         self.connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # one that its machine does not let go
+            self._process.wait(5)
 
 
-def serve(descriptor: int, memory: int) -> None:
-    """The life of a local worker: read the subject, then parcels, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who is interrupted ends its workers
+def serve(descriptor: int, file: int, memory: int) -> None:
+    """The life of a local worker: read the subject from a file, then parcels, until the other end closes."""
     connection: Connection[Any, Any] = Connection(descriptor)
     telling = threading.Lock()
 
@@ -248,7 +267,8 @@ def serve(descriptor: int, memory: int) -> None:
     LOG.addHandler(_Telling(tell))
     LOG.propagate = False
     try:
-        subject: Subject = pickle.loads(inbox.get())
+        with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
+            subject: Subject = pickle.loads(content)
         if memory:
             limit = _address_space() + memory
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
@@ -263,11 +283,13 @@ def serve(descriptor: int, memory: int) -> None:
 
 def _read(connection: Connection[Any, Any], inbox: queue.SimpleQueue[bytes]) -> None:
     """Parcels as they come; the process ends with who sends them, whatever it is doing."""
-    while True:
-        try:
+    try:
+        while True:
             inbox.put(connection.recv_bytes())
-        except (EOFError, OSError):
-            os._exit(0)
+    except (EOFError, OSError):
+        os._exit(0)
+    except BaseException:  # noqa: BLE001, where it has no memory for a parcel, say
+        os._exit(1)
 
 
 def _address_space() -> int:
@@ -313,13 +335,16 @@ class Ray(Workers):
     def hire(self, subject: Subject, threads: int) -> Worker:
         ray = self._connected(threads)
         if self._put is None or self._put[0] is not subject:
-            self._put = subject, ray.put(packed(subject))
+            content = io.BytesIO()
+            pack(subject, content)
+            self._put = subject, ray.put(content.getvalue())
         slot = ray.remote(_actor()).options(num_cpus=threads, num_gpus=self.gpus, max_restarts=0, max_task_retries=0)
         return _Actor(ray, slot.remote([str(p) for p in sys.path], self._put[1]))
 
     def telling(self, workers: Sequence[_Actor], timeout_s: float | None) -> list[_Actor]:
         waiting = {worker.waiting: worker for worker in workers if worker.waiting is not None}
-        ready, _ = self._ray.wait(list(waiting), timeout=timeout_s, fetch_local=True)
+        self._ray.wait(list(waiting), timeout=timeout_s, fetch_local=True)
+        ready, _ = self._ray.wait(list(waiting), num_returns=len(waiting), timeout=0, fetch_local=True)
         return [waiting[one] for one in ready]
 
     def close(self) -> None:
@@ -353,15 +378,20 @@ class Ray(Workers):
                 f"workers=ray: the cluster at address={self.address} cannot be reached ({first}): start it with "
                 "RAY_AUTH_MODE=token ray start --head, with the same token; or leave workers.address out"
             ) from error
-        slots = int(ray.cluster_resources().get("CPU", 0) // threads)
+        slots = sum(self._room(node["Resources"], threads) for node in ray.nodes() if node["Alive"])
         if slots < self.count:
             ray.shutdown()
             raise InputError(
-                f"workers=ray: the cluster has room for {slots} workers of {threads} CPUs, got count={self.count}: add "
-                f"nodes, or workers.count={slots}"
+                f"workers=ray: the cluster has room for {slots} workers of {threads} CPUs and {self.gpus:g} GPUs, got "
+                f"count={self.count}: add nodes, or workers.count={slots}"
             )
         self._ray = ray
         return ray
+
+    def _room(self, node: Mapping[str, float], threads: int) -> int:
+        """How many workers a node holds."""
+        gpus = node.get("GPU", 0) // self.gpus if self.gpus else math.inf
+        return int(min(node.get("CPU", 0) // threads, gpus))
 
 
 class _Actor:
@@ -419,6 +449,7 @@ def _actor() -> type:
             logger.propagate = False
             try:
                 self._holds = pickle.loads(self._subject)
+                del self._subject
             except Exception as error:  # noqa: BLE001, told to who can say it
                 return pickle.dumps(workers.Failed.of(error))
             return pickle.dumps(workers.Ready())

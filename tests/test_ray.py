@@ -83,8 +83,8 @@ def test_two_nodes_give_the_trials_of_one_process_to_who_has_the_token(monkeypat
         return subprocess.run(words, env=os.environ, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
 
     with cluster() as address:
-        room = "workers=ray: the cluster has room for 2 workers of 1 CPUs, got count=3: add nodes, or workers.count=2"
-        assert search("3", "2") == [room, "True"]
+        room = "the cluster has room for 2 workers of 1 CPUs and 0 GPUs, got count=3: add nodes, or workers.count=2"
+        assert search("3", "2") == [f"workers=ray: {room}", "True"]
         monkeypatch.setenv("RAY_AUTH_TOKEN", "another" + 25 * "0")
         (line,) = search("1")
     assert line.startswith(f"workers=ray: the cluster at address={address} cannot be reached")

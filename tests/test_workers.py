@@ -25,6 +25,7 @@ from autoprune.cli import main
 from autoprune.core import Candidate, InputError, Task, Trial
 from autoprune.criteria import l1
 from autoprune.evaluate import Evaluator, Scoring
+from autoprune.lineage import Networks
 from autoprune.recover import FineTune
 from autoprune.space import trace
 from autoprune.spread import DEATHS, STARTS, Spread
@@ -201,6 +202,31 @@ def test_a_limit_that_only_single_candidates_keep_ends_scoring_together(caplog: 
 
 
 @pytest.mark.slow
+def test_what_came_while_a_trial_was_recorded_is_not_late() -> None:
+    made = evaluator()
+    batch = [(n, replace(c, recovery="short")) for n, c in swept(made, 1)[:4]]
+    with Spread(made, Local(count=2, limit_s=4)) as evaluate:
+        trials = []
+        for trial in evaluate(batch):
+            trials.append(trial)
+            time.sleep(7)  # a database that has to be waited for
+    assert not [t.error for t in trials if t.error]
+
+
+@pytest.mark.slow
+def test_a_worker_without_memory_for_its_parcel_is_lost_and_nothing_hangs() -> None:
+    made, _ = trapped()
+    made.remember((), Networks(None))
+    parent = swept(made)[1][1]
+    made._known[0] = parent
+    assert made._networks is not None
+    made._networks.add(made._digest(parent), {"large": torch.zeros(64 * 2**20)})
+    child = replace(parent, parent=0)
+    (trial,) = spread(made, Local(count=1, memory_mb=200), [(1, child)])
+    assert str(trial.error).startswith(f"{DEATHS} workers were lost on it alone")
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_killed_from_without_costs_nothing_but_time() -> None:
     made = evaluator()
     batch = [(n, replace(c, recovery="short")) for n, c in swept(made, 1)[:6]]
@@ -221,7 +247,7 @@ def test_workers_end_with_who_started_them(tmp_path: Path) -> None:
         "from test_workers import evaluator, swept, Spread, Local\n"
         "made = evaluator()\n"
         "with Spread(made, Local(count=2)) as evaluate:\n"
-        "    trials = evaluate(swept(made) * 1)\n"
+        "    trials = evaluate(swept(made))\n"
         "    next(trials)\n"
         "    print('begun', flush=True)\n"
         "    signal.pause()\n"
@@ -260,6 +286,15 @@ def test_workers_that_never_come_up_end_the_search(monkeypatch: pytest.MonkeyPat
     made = evaluator()
     monkeypatch.setattr("autoprune.workers.START", "raise SystemExit(7)")
     with pytest.raises(WorkersLostError, match=rf"{STARTS} workers in a row.*ended with status 7"):
+        spread(made, Local(count=2), swept(made)[:3])
+    assert not children(os.getpid())
+
+
+def test_a_worker_that_hangs_before_it_is_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = evaluator()
+    monkeypatch.setattr("autoprune.workers.START", "import time; time.sleep(1000)")
+    monkeypatch.setattr("autoprune.spread.START_S", 0.2)
+    with pytest.raises(WorkersLostError, match=rf"{STARTS} workers in a row.*killed at its limit"):
         spread(made, Local(count=2), swept(made)[:3])
     assert not children(os.getpid())
 
