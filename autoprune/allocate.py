@@ -59,7 +59,7 @@ def charged(space: PruningSpace, losses: Sequence[Floats], weight: float) -> lis
     """Losses [L] a group with a charge on ratios, quadratic, so that it spreads what is cut over the groups: weight x
     ratio squared x the groups' mean loss at the deepest level that could be scored."""
     deepest = [row[np.isfinite(row)][-1] for row in losses if np.isfinite(row[1:]).any()]
-    scale = weight * float(np.mean(deepest)) if deepest else 0.0
+    scale = weight * abs(float(np.mean(deepest))) if deepest else 0.0
     return [row + scale * np.square(g.levels) for g, row in zip(space.groups, losses, strict=True)]
 
 

@@ -18,7 +18,6 @@ import logging
 import math
 import mmap
 import os
-import pickle
 import queue
 import resource
 import signal
@@ -32,6 +31,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import IO, Any, Protocol
+
+import cloudpickle
 
 from autoprune.core import InputError, check_rules
 
@@ -138,8 +139,6 @@ def pack(subject: Subject, file: IO[bytes]) -> None:
     Raises:
         InputError: it holds something that no other process can be given.
     """
-    import cloudpickle
-
     try:
         cloudpickle.dump(subject, file)
         file.flush()
@@ -224,13 +223,13 @@ class _Process:
 
     def give(self, parcel: Any) -> None:
         try:
-            self.connection.send_bytes(pickle.dumps(parcel))
+            self.connection.send_bytes(cloudpickle.dumps(parcel))
         except OSError:  # it is lost, and says so when it is heard
             self._process.kill()
 
     def take(self) -> Any:
         try:
-            return pickle.loads(self.connection.recv_bytes())  # of a process that this one started
+            return cloudpickle.loads(self.connection.recv_bytes())  # of a process that this one started
         except (EOFError, OSError):
             raise LostError(self._end()) from None
 
@@ -258,7 +257,7 @@ def serve(descriptor: int, file: int, memory: int) -> None:
     telling = threading.Lock()
 
     def tell(message: Any) -> None:
-        content = pickle.dumps(message)
+        content = cloudpickle.dumps(message)
         with telling:
             connection.send_bytes(content)
 
@@ -268,13 +267,13 @@ def serve(descriptor: int, file: int, memory: int) -> None:
     LOG.propagate = False
     try:
         with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
-            subject: Subject = pickle.loads(content)
+            subject: Subject = cloudpickle.loads(content)
         if memory:
             limit = _address_space() + memory
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
         tell(Ready())
         while True:
-            for message in subject.evaluated(pickle.loads(inbox.get())):
+            for message in subject.evaluated(cloudpickle.loads(inbox.get())):
                 tell(message)
             tell(Done())
     except Exception as error:  # noqa: BLE001, told to who can say it
@@ -403,7 +402,7 @@ class _Actor:
         self.waiting: Any = handle.begin.remote()
 
     def give(self, parcel: Any) -> None:
-        self._parcel = pickle.dumps(parcel)
+        self._parcel = cloudpickle.dumps(parcel)
         if self.waiting is None:
             self._ask()
 
@@ -413,7 +412,7 @@ class _Actor:
     def take(self) -> Any:
         try:
             streamed = hasattr(self.waiting, "__next__")
-            message = pickle.loads(self._ray.get(next(self.waiting) if streamed else self.waiting))
+            message = cloudpickle.loads(self._ray.get(next(self.waiting) if streamed else self.waiting))
         except (self._ray.exceptions.RayError, StopIteration) as error:
             raise LostError(" ".join(str(error).split())[:200]) from None
         if isinstance(message, Ready | Done):
@@ -439,7 +438,8 @@ def _actor() -> type:
 
         def begin(self) -> bytes:
             import logging
-            import pickle
+
+            import cloudpickle
 
             from autoprune import workers
 
@@ -448,24 +448,24 @@ def _actor() -> type:
             logger.addHandler(workers._Telling(self._said.append))
             logger.propagate = False
             try:
-                self._holds = pickle.loads(self._subject)
+                self._holds = cloudpickle.loads(self._subject)
                 del self._subject
             except Exception as error:  # noqa: BLE001, told to who can say it
-                return pickle.dumps(workers.Failed.of(error))
-            return pickle.dumps(workers.Ready())
+                return bytes(cloudpickle.dumps(workers.Failed.of(error)))
+            return bytes(cloudpickle.dumps(workers.Ready()))
 
         def evaluated(self, parcel: bytes) -> Iterator[bytes]:
-            import pickle
+            import cloudpickle
 
             from autoprune import workers
 
             try:
-                for message in self._holds.evaluated(pickle.loads(parcel)):
+                for message in self._holds.evaluated(cloudpickle.loads(parcel)):
                     while self._said:
-                        yield pickle.dumps(self._said.pop(0))
-                    yield pickle.dumps(message)
-                yield pickle.dumps(workers.Done())
+                        yield cloudpickle.dumps(self._said.pop(0))
+                    yield cloudpickle.dumps(message)
+                yield cloudpickle.dumps(workers.Done())
             except Exception as error:  # noqa: BLE001, told to who can say it
-                yield pickle.dumps(workers.Failed.of(error))
+                yield cloudpickle.dumps(workers.Failed.of(error))
 
     return Holder

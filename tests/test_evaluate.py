@@ -243,7 +243,7 @@ def test_candidates_come_to_the_same_together_and_alone(tmp_path: Path) -> None:
         assert not [t.error for t in trials[0] + trials[1] if t.error]
         assert [t.loss for t in trials[0]] == pytest.approx([t.loss for t in trials[1]], rel=1e-5)
         assert [t.score for t in trials[0]] == [t.score for t in trials[1]]
-        assert all(0.5 * t.seconds < t.seconds_in_forward <= t.seconds for t in trials[0] + trials[1])
+        assert all(0 < t.seconds_in_forward <= t.seconds for t in trials[0] + trials[1])
     assert together.shared > 0.3
     assert alone.shared == 0
     again = evaluator(tmp_path)

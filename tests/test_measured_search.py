@@ -203,6 +203,9 @@ def answer(number: int, value: float, score: float, *, decided: bool = True) -> 
         number=number,
         candidate=Candidate(ratios=(0.0,), measure=True),
         score=score,
+        score_low=score,
+        score_high=score,
+        loss=1 - score,
         costs={"latency_ms": cost},
         feasible=budget.met(cost),
     )

@@ -294,3 +294,12 @@ def test_weights_are_checked(evenness: Any) -> None:
     world = World(0)
     with pytest.raises(InputError, match="evenness must be a list of different finite weights"):
         Sensitivity(world.space, world.budgets, world.costs, evenness=evenness)
+
+
+def test_where_curves_are_level_the_budget_is_spent_all_the_same() -> None:
+    world = World(0)
+    made = Sensitivity(world.space, world.budgets, world.costs)
+    level = [np.zeros(len(group.levels)) for group in world.space.groups]
+    level[0] = np.linspace(0, 1, len(level[0]))
+    taken = world.costs["macs"].predict(world.space.ratios(made._allocated(level))) / world.budgets[0].limit
+    assert 0.97 <= taken <= 1

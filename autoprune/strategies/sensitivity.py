@@ -54,6 +54,7 @@ Levels = tuple[int, ...]
 Kinds = Mapping[str, "Callable[[], Levels]"]  # of finalists: how each is allocated under the costs as calibrated
 AIM = 0.25  # of a missed measurement's half width: so far below the limit the next answer is aimed
 ROOM = 0.9  # of a limit: an answer whose measured interval lies below leaves room for a larger network
+TIE = 1e-3  # of evenness, in every allocation: where a curve is level, the budget is spent on wider groups
 EXCHANGES = 20  # of a round
 SWEEPS = ("bisect", "grid")
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
@@ -191,7 +192,7 @@ class Sensitivity(Scripted):
 
     def _allocated(self, losses: Sequence[Losses]) -> Levels:
         limits = [(form, b.limit * self._aims[b.cost]) for b in self.budgets for form in self.costs[b.cost].tables()]
-        return allocate(losses, limits).levels
+        return allocate(charged(self.space, losses, TIE), limits).levels
 
     def _keeps(self, levels: Levels) -> bool:
         ratios = self.space.ratios(levels)
@@ -233,7 +234,7 @@ class Sensitivity(Scripted):
         kinds: dict[str, Callable[[], Levels]] = {"sweep": partial(self._allocated, losses)}
         with suppress(InfeasibleError):  # a level that failed may bar what the budget takes
             for number, local in enumerate((yield from self._refined(self._allocated(losses), losses)), start=1):
-                kinds[f"refinement {number}"] = partial(self._allocated, local)
+                kinds[f"refinement {number}"] = partial(self._refinement, local, losses)
         kinds |= {
             f"evenness {weight}": partial(self._allocated, charged(self.space, losses, weight))
             for weight in self.evenness
@@ -243,9 +244,15 @@ class Sensitivity(Scripted):
         return kinds | {"one ratio widened": partial(self._widened, losses)}
 
     def _widened(self, losses: list[Losses], one: Callable[..., Levels] = evenly) -> Levels:
-        """One ratio or threshold for all groups, and what it leaves of the budgets spent on wider groups; the charge
-        tells levels of the same loss apart."""
-        levels = one(self.space, self._keeps, losses)
+        """One ratio or threshold for all groups, widened."""
+        return self._wider(one(self.space, self._keeps, losses), losses)
+
+    def _refinement(self, local: list[Losses], losses: list[Losses]) -> Levels:
+        """The allocation within what a refinement has seen, and what it leaves of the budgets spent beyond."""
+        return self._wider(self._allocated(local), losses)
+
+    def _wider(self, levels: Levels, losses: list[Losses]) -> Levels:
+        """What these leave of the budgets spent on wider groups; the charge tells levels of the same loss apart."""
         rows = within(charged(self.space, losses, EVENNESS[0]), (0,) * len(levels), levels)
         with suppress(InfeasibleError):
             if self._keeps(wider := self._allocated(rows)):  # a form may be linear elsewhere
