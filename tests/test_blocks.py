@@ -238,7 +238,7 @@ def test_every_strategy_searches_blocks_and_widths_together(strategy: str, tmp_p
     task = tiny.make_task()
     settings = {
         "amc": {"episodes": 12, "warm_up": 8},
-        "optuna": {"evaluations": 8},
+        "optuna": {"episodes": 8},
         "netadapt": {"screen": 2},
     }
     chosen = components.spec("strategy", strategy)

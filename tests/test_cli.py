@@ -324,7 +324,9 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     line += [
         "finetune.epochs=0.1",
         "evaluator.short.epochs=0",
-        "strategy.sweep_levels=2",
+        "strategy.sweep=grid",
+        "strategy.sweep_levels=1",
+        "strategy.refinements=0",
         "evaluator.images=300",
         "evaluator.cache=null",
     ]
@@ -359,7 +361,9 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     assert f"{kept} trials are not scored again" in " ".join(resumed.stderr.split())
     results = [json.loads(p.read_text()) for p in Path("outputs").rglob("result.json")]
     assert len(results) == 1
-    assert results[0]["search"]["evaluations"] == results[0]["search"]["trials"] - kept
+    search = results[0]["search"]
+    assert search["evaluations"] + search["cache_hits"] == search["trials"] - kept
+    assert search["cache_hits"] == 1  # the answer, which was a finalist
 
 
 def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
