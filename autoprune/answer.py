@@ -13,12 +13,12 @@ from torch import nn
 from autoprune import loop, spread
 from autoprune.core import Budget, Candidate, Measurement, Progress, Strategy, Trial, all_met
 from autoprune.costs import Costs
+from autoprune.crew import Workers
 from autoprune.evaluate import Evaluator
 from autoprune.final import train
 from autoprune.lineage import Networks, folder_beside
 from autoprune.recover import FineTune
 from autoprune.study import Study
-from autoprune.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)

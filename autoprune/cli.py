@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from autoprune.components import make_task
 from autoprune.configuration import command_help, config_of, configured, made, save
 from autoprune.core import Budget, DeviceLostError, InputError, StorageError
-from autoprune.workers import WorkersLostError
+from autoprune.crew import WorkersLostError
 from autoprune.writing import is_full
 
 if TYPE_CHECKING:

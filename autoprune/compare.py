@@ -23,11 +23,11 @@ from autoprune import __version__, components, run, untrusted
 from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
 from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, StorageError, Task
+from autoprune.crew import WorkersLostError
 from autoprune.evaluate import Scoring
 from autoprune.final import healed, test
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.result import Result
-from autoprune.workers import WorkersLostError
 from autoprune.writing import append, whole
 
 FILES = ("comparison.csv", "comparison.md", "comparison.svg")

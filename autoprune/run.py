@@ -24,6 +24,7 @@ from autoprune.core import (
     Task,
 )
 from autoprune.costs import Costs
+from autoprune.crew import Workers
 from autoprune.criteria import Criterion
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import FINAL
@@ -41,7 +42,6 @@ from autoprune.storage import check_storage
 from autoprune.study import Study
 from autoprune.traced import TracedModel
 from autoprune.verdict import concluded
-from autoprune.workers import Workers
 
 Kind = TypeVar("Kind")
 

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from autoprune.core import Candidate, InputError, StorageError, Trial
+from autoprune.crew import Crew, Done, Failed, LostError, Ready, Said, Workers, WorkersLostError
 from autoprune.evaluate import Evaluator
-from autoprune.workers import Crew, Done, Failed, LostError, Ready, Said, Serial, Workers, WorkersLostError
 
 LOG = logging.getLogger("autoprune")
 DEATHS = 3
@@ -52,7 +52,7 @@ class _Hired:
 
 def over(evaluator: Evaluator, workers: Workers) -> AbstractContextManager[Evaluate]:
     """What evaluates as the evaluator does, where it is to be done, for as long as the context lasts."""
-    return nullcontext(evaluator) if isinstance(workers, Serial) else Spread(evaluator, workers)  # type: ignore[arg-type]
+    return Spread(evaluator, workers) if isinstance(workers, Crew) else nullcontext(evaluator)
 
 
 class Spread:

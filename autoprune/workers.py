@@ -30,11 +30,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import cloudpickle
 
 from autoprune.core import InputError, check_rules
+from autoprune.crew import Crew, Done, Failed, LostError, Ready, Subject, Telling, Worker, Workers, check_crew, pack
 
 LOG = logging.getLogger("autoprune")
 START = (
@@ -45,124 +46,15 @@ STUCK_S = 60  # that the other end may leave a message half written or half read
 BLAS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class LostError(RuntimeError):
-    """A worker died, or was killed; the message says how."""
-
-
-class WorkersLostError(RuntimeError):
-    """No worker can be kept running: nothing more can be evaluated, and what was recorded is kept."""
-
-
-class Subject(Protocol):
-    """What a worker holds: it answers a parcel with one message after the other."""
-
-    def evaluated(self, parcel: Any) -> Iterator[Any]: ...
-
-
-@dataclass(frozen=True)
-class Ready:
-    """The worker holds its subject and waits for parcels."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """The parcel is finished."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The worker cannot hold its subject, or raised outside of a candidate; kind: what."""
-
-    kind: str
-    error: str
-
-    @staticmethod
-    def of(error: Exception) -> Failed:
-        return Failed(type(error).__name__, str(error))
-
-
-@dataclass(frozen=True)
-class Said:
-    """A line of the worker's log."""
-
-    level: int
-    text: str
-
-
-class Worker(Protocol):
-    """One worker. Messages are Ready, then what the subject yields and Done for each parcel; see above for others."""
-
-    def give(self, parcel: Any) -> None:
-        """Send it a parcel. A worker that is lost says so at `take`."""
-        ...
-
-    def take(self) -> Any:
-        """The next message, once `Crew.telling` has named this worker. Raises LostError."""
-        ...
-
-    def kill(self) -> None:
-        """End it, at once."""
-        ...
-
-
-class Crew(Protocol):
-    """A kind of workers, as many as `count`. limit_s: how long a candidate may take at most."""
-
-    count: int
-    limit_s: float | None
-
-    def hire(self, subject: Subject, threads: int) -> Worker:
-        """A new worker, which has begun to start."""
-        ...
-
-    def telling(self, workers: Sequence[Any], timeout_s: float | None) -> list[Any]:
-        """Those of the workers that have a message or are lost, as soon as there is one; none at the time-out."""
-        ...
-
-    def close(self) -> None:
-        """Give back what all workers have in common."""
-        ...
-
-
-class Workers:
-    """Where candidates are evaluated."""
-
-
 @dataclass(frozen=True)
 class Serial(Workers):
     """Candidates are evaluated one after the other, in this process."""
 
 
-def pack(subject: Subject, file: IO[bytes]) -> None:
-    """Write a subject as bytes, for processes that read them at once.
-
-    Raises:
-        InputError: it holds something that no other process can be given.
-    """
-    try:
-        cloudpickle.dump(subject, file)
-        file.flush()
-    except OSError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"workers: the task cannot be sent to another process ({type(error).__name__}: {error}): its model, loss, "
-            "metric and training batches must not hold locks, open files or generators; or choose workers=serial"
-        ) from error
-
-
-def _check(place: str, count: int, limit_s: float | None) -> None:
-    rules = {
-        "count must be a whole number, 1 or more": isinstance(count, int) and count >= 1,
-        "limit_s must be null or above 0": limit_s is None or limit_s > 0,
-    }
-    check_rules(place, rules, {"count": count, "limit_s": limit_s})
-
-
 # ------------------------------------------------------------------------------------------------- on this machine
 
 
-class Local(Workers):
+class Local(Crew):
     """Processes of this machine.
 
     count: how many. limit_s: seconds that a candidate may take, after which its worker is killed and it has failed
@@ -174,7 +66,7 @@ class Local(Workers):
     """
 
     def __init__(self, *, count: int = 2, limit_s: float | None = None, memory_mb: float | None = None) -> None:
-        _check("workers=local", count, limit_s)
+        check_crew("workers=local", count, limit_s)
         check_rules(
             "workers=local",
             {"memory_mb must be null or above 0": memory_mb is None or memory_mb > 0},
@@ -263,7 +155,7 @@ def serve(descriptor: int, file: int, memory: int) -> None:
 
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(connection, inbox), daemon=True).start()
-    LOG.addHandler(_Telling(tell))
+    LOG.addHandler(Telling(tell))
     LOG.propagate = False
     try:
         with mmap.mmap(file, 0, access=mmap.ACCESS_READ) as content:
@@ -296,22 +188,10 @@ def _address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-class _Telling(logging.Handler):
-    """Lines of a worker's log go to who started it."""
-
-    def __init__(self, tell: Any) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):
-            self._tell(Said(record.levelno, record.getMessage()))
-
-
 # ------------------------------------------------------------------------------------------------------------ on Ray
 
 
-class Ray(Workers):
+class Ray(Crew):
     """Actors of a Ray cluster, one a slot of `threads` CPUs and so many GPUs.
 
     address: of a running cluster ("auto", "10.0.0.1:6379", "ray://…"); None starts one on this machine, which ends with
@@ -325,7 +205,7 @@ class Ray(Workers):
     def __init__(
         self, *, count: int = 2, address: str | None = None, gpus: float = 0.0, limit_s: float | None = None
     ) -> None:
-        _check("workers=ray", count, limit_s)
+        check_crew("workers=ray", count, limit_s)
         check_rules("workers=ray", {"gpus >= 0": gpus >= 0}, {"gpus": gpus})
         self.count, self.address, self.gpus, self.limit_s = count, address, gpus, limit_s
         self._ray: Any = None
@@ -441,31 +321,31 @@ def _actor() -> type:
 
             import cloudpickle
 
-            from autoprune import workers
+            from autoprune import crew
 
             self._said: list[Any] = []
             logger = logging.getLogger("autoprune")
-            logger.addHandler(workers._Telling(self._said.append))
+            logger.addHandler(crew.Telling(self._said.append))
             logger.propagate = False
             try:
                 self._holds = cloudpickle.loads(self._subject)
                 del self._subject
             except Exception as error:  # noqa: BLE001, told to who can say it
-                return bytes(cloudpickle.dumps(workers.Failed.of(error)))
-            return bytes(cloudpickle.dumps(workers.Ready()))
+                return bytes(cloudpickle.dumps(crew.Failed.of(error)))
+            return bytes(cloudpickle.dumps(crew.Ready()))
 
         def evaluated(self, parcel: bytes) -> Iterator[bytes]:
             import cloudpickle
 
-            from autoprune import workers
+            from autoprune import crew
 
             try:
                 for message in self._holds.evaluated(cloudpickle.loads(parcel)):
                     while self._said:
                         yield cloudpickle.dumps(self._said.pop(0))
                     yield cloudpickle.dumps(message)
-                yield cloudpickle.dumps(workers.Done())
+                yield cloudpickle.dumps(crew.Done())
             except Exception as error:  # noqa: BLE001, told to who can say it
-                yield cloudpickle.dumps(workers.Failed.of(error))
+                yield cloudpickle.dumps(crew.Failed.of(error))
 
     return Holder

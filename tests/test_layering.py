@@ -11,7 +11,7 @@ PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
     {"writing"},
-    {"units", "borrowing", "keywords", "handing", "untrusted"},
+    {"units", "borrowing", "keywords", "handing", "untrusted", "crew"},
     {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "sweep"},
     {
         "label_rules",
@@ -51,7 +51,7 @@ ONLY_IN = {
     "rich": {"report.py"},
     "fvcore": {"meters/counts.py"},
     "execnet": {"meters/device.py"},
-    "cloudpickle": {"meters/wire.py", "meters/worker.py", "workers.py"},
+    "cloudpickle": {"meters/wire.py", "meters/worker.py", "crew.py", "workers.py"},
     "onnx": {"meters/wire.py"},
     "onnxruntime": {"meters/worker.py"},
     "openvino": {"meters/worker.py"},

@@ -125,8 +125,9 @@ def test_a_search_whose_storage_was_out_of_reach_at_its_end_may_be_begun_again(
     study = study_of(url)
     with locked(url):
         study.close()
-    with study_of(url):
-        pass
+    with study_of(url) as again:
+        again.record(trial(0))
+        assert again.trials() == (trial(0),)
 
 
 def test_studies_in_memory_are_ones_own() -> None:
@@ -166,8 +167,9 @@ def test_a_process_number_that_was_given_again_is_not_the_search(url: str, monke
     with monkeypatch.context() as earlier:
         earlier.setattr(lease, "_began", lambda pid: "before this process")
         study_of(url)
-    with study_of(url):
-        pass
+    with study_of(url) as taken_over:
+        taken_over.record(trial(0))
+        assert taken_over.trials() == (trial(0),)
 
 
 def test_a_search_elsewhere_is_refused_while_it_lives(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

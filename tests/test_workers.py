@@ -23,6 +23,7 @@ from zoo import cells
 import autoprune
 from autoprune.cli import main
 from autoprune.core import Candidate, InputError, Task, Trial
+from autoprune.crew import Crew, WorkersLostError
 from autoprune.criteria import l1
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.lineage import Networks
@@ -30,7 +31,7 @@ from autoprune.recover import FineTune
 from autoprune.space import trace
 from autoprune.spread import DEATHS, STARTS, Spread
 from autoprune.sweep import alone
-from autoprune.workers import Crew, Local, WorkersLostError
+from autoprune.workers import Local
 
 
 class Trap(nn.Module):
