@@ -350,9 +350,9 @@ def test_an_archive_of_arrays_is_refused(name: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (gzip.compress(b"1" * 1000)[:-8], "ended before"),
-        (gzip.compress(b"1" * 1000) + b"more", "Not a gzipped file"),
-        (PICKLED, "Not a gzipped file"),
+        pytest.param(gzip.compress(b"1" * 1000)[:-8], "ended before", id="one cut short"),
+        pytest.param(gzip.compress(b"1" * 1000) + b"more", "Not a gzipped file", id="one with more behind it"),
+        pytest.param(PICKLED, "Not a gzipped file", id="a pickle renamed"),
     ],
 )
 def test_a_zipped_file_is_refused(content: bytes, says: str, capsys: pytest.CaptureFixture[str]) -> None:
