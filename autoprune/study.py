@@ -1,7 +1,8 @@
 """The record of a search: an Optuna study, one finished trial written once, resumed by replay.
 
 Parameters are the ratios, one a group; values are the score and the cost of every budget; the whole trial is kept as a
-user attribute, so that a replay is exact. A failed candidate is a trial in state FAIL.
+user attribute, so that a replay is exact. A failed candidate is a trial in state FAIL, one that was scored on a part of
+the images and not measured in state PRUNED: Optuna compares the others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.core import Budget, InputError, Progress, PruningSpace, Silent, Trial
 from autoprune.lease import KEY, Lease
-from autoprune.storage import leave, open_storage, patiently, shown, usable, waiting
+from autoprune.storage import leave, open_storage, patiently, shown, unbroken, usable, waiting
 from autoprune.untrusted import DAMAGED
 
 SCHEMA = 1
@@ -79,9 +80,10 @@ class Study:
 
     def close(self) -> None:
         """Let other searches have it."""
-        if self._lease is not None:
-            self._lease.let_go()
-        leave(self._opened)
+        with unbroken():
+            if self._lease is not None:
+                self._lease.let_go()
+            leave(self._opened)
 
     def _at_first(self, call: Callable[[], Given]) -> Given:
         """What fails before anything was computed is the user's."""
@@ -166,8 +168,9 @@ class Study:
             },
             "costs": {name: f"{m.value:.6g} {m.unit} ({m.kind})" for name, m in trial.costs.items()},
         }
+        partly = trial.candidate.fidelity < 1 and not trial.candidate.measure
         frozen = create_trial(
-            state=TrialState.FAIL if failed else TrialState.COMPLETE,
+            state=TrialState.FAIL if failed else TrialState.PRUNED if partly else TrialState.COMPLETE,
             values=None if failed else [trial.score, *(trial.costs[c].value for c in self._costs)],
             params=named,
             distributions={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -12,10 +13,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.distributions import FloatDistribution
+from optuna.study import StudyDirection
+from optuna.trial import TrialState, create_trial
+from sqlalchemy.orm import Session
 
 from autoprune import cli, lease, storage
 from autoprune.core import (
@@ -81,6 +88,75 @@ def test_a_trial_that_was_written_twice_counts_once(url: str) -> None:
         assert study.trials() == tuple(map(trial, range(4)))
         study.record(trial(1, seconds=9.0))  # that is another: everything after it is scored anew
         assert study.trials() == (trial(0), trial(1, seconds=9.0))
+
+
+def test_a_trial_is_written_as_optuna_writes_it(tmp_path: Path) -> None:
+    """Ours asks for nothing before it writes, theirs does."""
+    theirs = optuna.storages.RDBStorage(f"sqlite:///{tmp_path}/theirs.db")
+    ours = open_storage(f"sqlite:///{tmp_path}/ours.db")
+    made = create_trial(
+        state=TrialState.COMPLETE,
+        values=[0.5, math.inf],
+        params={"a": 0.25, "b": 0.0},
+        distributions={name: FloatDistribution(0, 0.5) for name in "ab"},
+        user_attrs={"trial": "x" * 3000, "about": {"deep": [1, None]}, "feasible": None},
+        system_attrs={"any": 1},
+    )
+    read = []
+    for opened in (theirs, ours):
+        study = opened.create_new_study([StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE], "s")
+        numbers = [opened.create_new_trial(study, made) for _ in range(3)]
+        found = opened.get_all_trials(study)
+        assert [t.number for t in found] == [0, 1, 2]
+        read.append([(opened.get_trial(number), found) for number in numbers])
+    assert read[0] == read[1]
+
+
+def test_optuna_compares_what_was_scored_on_all_images(url: str) -> None:
+    asked: list[dict[str, Any]] = [{"fidelity": 0.2}, {}, {"fidelity": 0.2, "measure": True}]
+    with study_of(url) as study:
+        for number, more in enumerate(asked):
+            study.record(replace(trial(number), candidate=Candidate(ratios=(0.5,), **more)))
+        study.record(Trial(number=3, candidate=Candidate(ratios=(0.5,)), error="RuntimeError: no"))
+    kept = optuna.load_study(study_name="mine", storage=url)
+    assert [t.state for t in kept.trials] == [
+        TrialState.PRUNED,
+        TrialState.COMPLETE,
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+    ]
+    assert {t.number for t in kept.best_trials} <= {1, 2}
+
+
+def test_ctrl_c_waits_for_a_trial_to_be_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a transaction it would leave the lock to a connection that nobody has any more."""
+    pressed, added = signal.getsignal(signal.SIGINT), Session.add
+
+    def pressing(*args: Any) -> None:
+        added(*args)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.undo()
+
+    with study_of(url) as study:
+        study.record(trial(0))
+        monkeypatch.setattr(Session, "add", pressing)
+        with pytest.raises(KeyboardInterrupt):
+            study.record(trial(1))
+        assert study.trials() == (trial(0), trial(1))
+    assert signal.getsignal(signal.SIGINT) == pressed
+
+
+def test_the_second_ctrl_c_does_not_wait() -> None:
+    def pressing() -> None:
+        with storage.unbroken():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(1)
+
+    reached: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        pressing()
+    assert not reached
 
 
 def test_a_password_is_not_shown() -> None:
