@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from autoprune import __version__
 from autoprune.borrowing import fingerprint, first, seeded, threads, to_device
+from autoprune.cache import read_cached, write_cached
 from autoprune.core import (
     Budget,
     Candidate,
@@ -46,7 +47,7 @@ from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units, weights_hash
 from autoprune.reconstruct import Reconstruction
 from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate, shorter
-from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, read_cached, score, subset, write_cached
+from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, score, subset
 from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels

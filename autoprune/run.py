@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from autoprune import components, costs
 from autoprune.answer import left_alone, searched
 from autoprune.borrowing import check_writable, first, seeded
+from autoprune.cache import trim
 from autoprune.checks import check_place, check_seed, check_settings, check_task
 from autoprune.core import (
     Budget,
@@ -228,6 +229,7 @@ def _prepared(
     rank: Criterion = components.bind(criterion, "criterion", task.model, (), batches=(), loss=None, seed=0)
     if cache is not None:
         check_writable(Path(cache), "evaluator.cache")
+        trim(Path(cache))
     check_task(task)
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, space)

@@ -11,14 +11,12 @@ groups as all do with a rank correlation of 0.97, and 200 drawn evenly with 0.75
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +26,13 @@ from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a sec
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from autoprune import untrusted
-from autoprune.borrowing import arguments, to_device
-from autoprune.core import InputError, StorageError, Task
-from autoprune.writing import whole
+from autoprune.borrowing import arguments, precision, to_device
+from autoprune.core import InputError, Task
 
 LOG = logging.getLogger("autoprune")
 CHUNKS = 20
-STRATUM = 20  # images drawn of each stratum
+STRATUM = 20  # images drawn of each stratum, fewer of
+STRATA = 10  # as many strata at least
 EVEN = 0.3  # of the mean loss, added to each image's: a deep cut makes certain images lose too
 
 
@@ -270,39 +267,3 @@ def stratified(target: Any, total: int, count: int, seed: int) -> NDArray[np.int
             rank_in_class[members] = (np.arange(len(members)) + rng.random()) / len(members)
         order = order[np.argsort(rank_in_class, kind="stable")]
     return np.asarray(order[:count], dtype=np.int64)
-
-
-def read_cached(path: Path | None, parts: int) -> Scored | None:
-    """What was written there of so many parts; None where nothing was, or, with a line in the log, where it is
-    damaged."""
-    if path is None:
-        return None
-    try:
-        values = untrusted.json_of(path)
-        found = Scored(
-            score=float(values["score"]),
-            scores=tuple(map(float, values["scores"])),
-            losses=tuple(map(float, values["losses"])),
-            sizes=tuple(map(float, values["sizes"])),
-        )
-        if {len(found.scores), len(found.losses), len(found.sizes)} != {parts}:
-            raise ValueError(f"it must be of {parts} parts")
-        if not all(map(math.isfinite, (found.score, *found.losses, *found.sizes))) or min(found.sizes) <= 0:
-            raise ValueError("its numbers must be finite, its sizes above 0")
-    except FileNotFoundError:
-        return None
-    except untrusted.DAMAGED as error:
-        LOG.warning("the cached score %s is damaged (%s: %s) and made again", path, type(error).__name__, error)
-        return None
-    return found
-
-
-def write_cached(path: Path | None, scored: Scored) -> None:
-    """Keep scores; where that cannot be done the log says so."""
-    if path is None:
-        return
-    try:
-        with whole(path) as temporary:
-            temporary.write_text(json.dumps(asdict(scored)))
-    except (OSError, StorageError) as error:  # a score is worth more than its copy
-        LOG.warning("the cache in %s cannot be written: %s", path.parent, error)

@@ -14,8 +14,9 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there at the end is flushed to the disk and becomes `path`, at once.
+def whole(path: Path, *, lasting: bool = True) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there at the end becomes `path`, at once. lasting: it is flushed to the
+    disk before, which takes its time.
 
     Raises:
         StorageError: the disk is full; what was at `path` is still there.
@@ -24,9 +25,11 @@ def whole(path: Path) -> Iterator[Path]:
     with room(path):
         try:
             yield temporary
-            _flush(temporary)
+            if lasting:
+                _flush(temporary)
             temporary.replace(path)
-            _flush(path.parent)
+            if lasting:
+                _flush(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

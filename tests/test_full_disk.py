@@ -18,11 +18,12 @@ from torch import nn
 
 from autoprune import cli, report
 from autoprune.borrowing import check_writable
+from autoprune.cache import read_cached, write_cached
 from autoprune.compare import Row, _append, read
 from autoprune.core import Candidate, Measurement, StorageError
 from autoprune.lineage import Networks
 from autoprune.result import Result
-from autoprune.scores import Scored, read_cached, write_cached
+from autoprune.scores import Scored
 from autoprune.storage import check_storage
 from autoprune.writing import append, whole
 

@@ -33,6 +33,7 @@ from torch import nn
 
 import autoprune.meters
 from autoprune import cli, compare, measuring, untrusted
+from autoprune.cache import read_cached, write_cached
 from autoprune.core import Budget, Candidate, Group, InputError, Measurement, PruningSpace, Task, Trial
 from autoprune.lineage import Networks, folder_beside
 from autoprune.meters import answers, kept, profile
@@ -40,7 +41,7 @@ from autoprune.meters.device import Device, Worker
 from autoprune.meters.fitted import Sample, Shape
 from autoprune.meters.profile import CostTable
 from autoprune.prune import RatioTable
-from autoprune.scores import Scored, read_cached, write_cached
+from autoprune.scores import Scored
 from autoprune.study import Study
 from autoprune.tasks.shipped import load_weights
 

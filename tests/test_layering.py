@@ -28,7 +28,7 @@ LAYERS = [
     {"masks"},
     {"space"},
     {"lease", "lineage", "prune", "recover", "scores", "storage", "strategies", "tasks"},
-    {"components", "result", "shared_prefix", "workers"},
+    {"cache", "components", "result", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread"},
     {"answer", "report", "testing"},
