@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ def threads(count: int) -> Iterator[None]:
     finally:
         if before != count:
             torch.set_num_threads(before)
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Inside, torch computes in "float32", or what does not need it in "bfloat16"."""
+    with torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext():
+        yield
 
 
 @contextmanager

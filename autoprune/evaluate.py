@@ -66,6 +66,7 @@ class Scoring:
 
     recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
     from (reconstruct.py), and then "bn_recalibrate", which takes new batch normalisation statistics.
+    precision: "float32", or "bfloat16" for the forward passes that score, not for those that heal and train.
     shared_prefix: what candidates of one batch have in common runs once (shared_prefix.py), with the same results.
     """
 
@@ -75,12 +76,14 @@ class Scoring:
     short: FineTune = FineTune(epochs=0.25)
     device: str = "cpu"
     threads: int = 1
+    precision: str = "float32"
     shared_prefix: bool = True
 
     def __post_init__(self) -> None:
         rules = {
             "images >= 2": self.images >= 2,
             "recalibration >= 0": self.recalibration >= 0,
+            "precision must be float32 or bfloat16": self.precision in ("float32", "bfloat16"),
             "threads must be a whole number, 1 or more": isinstance(self.threads, int) and self.threads >= 1,
         }
         check_rules("evaluator", rules, vars(self))
@@ -297,7 +300,7 @@ class Evaluator:
     def scored(self, model: nn.Module, fidelity: float = 1.0) -> Scored:
         """Any network's scores on the same images."""
         with threads(self.scoring.threads):
-            return score(model, self._sample(fidelity), self.task)
+            return score(model, self._sample(fidelity), self.task, self.scoring.precision)
 
     def _sample(self, fidelity: float) -> Sample:
         """What candidates of this fidelity are scored on."""
@@ -398,7 +401,7 @@ class Evaluator:
             return
         self.dense(fidelity)
         if self._prefix is None:
-            self._prefix = SharedPrefix(self.traced, self.dense_model, self.task)
+            self._prefix = SharedPrefix(self.traced, self.dense_model, self.task, self.scoring.precision)
         make = functools.partial(self._rebuilt, parent, self._source(parent), recovery, sharing=True)
         recalibration = _part(self.recalibration, fidelity) if self._recalibrates(recovery) else []
         yield from self._prefix.scored(candidates, make, self._sample(fidelity), recalibration)

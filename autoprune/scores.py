@@ -78,9 +78,9 @@ class Sample:
         return -half, half
 
 
-def score(model: nn.Module, sample: Sample, task: Task) -> Scored:
-    """Score a network. Raises FloatingPointError if a loss is not finite."""
-    tally = Tally(task, next(model.parameters()).device, sample)
+def score(model: nn.Module, sample: Sample, task: Task, name: str = "float32") -> Scored:
+    """Score a network, computing in the precision of this name. Raises FloatingPointError if a loss is not finite."""
+    tally = Tally(task, next(model.parameters()).device, sample, name)
     model.eval()
     with torch.inference_mode():
         for number in range(len(sample.batches)):
@@ -89,10 +89,10 @@ def score(model: nn.Module, sample: Sample, task: Task) -> Scored:
 
 
 class Tally:
-    """A network's losses and metric on a sample, batch by batch."""
+    """A network's losses and metric on a sample, batch by batch; its own forward pass in this precision."""
 
-    def __init__(self, task: Task, device: torch.device, sample: Sample) -> None:
-        self._loss, self._device, self._sample = task.loss, device, sample
+    def __init__(self, task: Task, device: torch.device, sample: Sample, name: str = "float32") -> None:
+        self._loss, self._device, self._sample, self._precision = task.loss, device, sample, name
         self._metric = copy.deepcopy(task.metric).to(device)
         self._metric.reset()
         self._sign = -1.0 if self._metric.higher_is_better is False else 1.0
@@ -106,7 +106,7 @@ class Tally:
         given = arguments(inputs, self._device)
         target = to_device(target, self._device)
         began = time.perf_counter()
-        output = model(*given)
+        output = answer(model, given, self._precision, self._device)
         self.forward += time.perf_counter() - began
         parts = self._sample.parts[number]
         for outputs, targets in (
@@ -126,6 +126,15 @@ class Tally:
         if not math.isfinite(total):
             raise FloatingPointError("the metric on the search split is not finite")
         return Scored(total, tuple(self._scores), tuple(self._losses), self._sample.weights, self.forward)
+
+
+def answer(model: nn.Module, given: tuple[Any, ...], name: str, device: torch.device) -> Any:
+    """What the network gives, computed in this precision; floats are float32 at least."""
+    if name == "float32":
+        return model(*given)
+    with precision(name, device):
+        output = model(*given)
+    return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x, output)
 
 
 def split(value: Any, parts: Sequence[int]) -> list[Any]:

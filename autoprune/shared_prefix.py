@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.borrowing import arguments
+from autoprune.borrowing import arguments, precision
 from autoprune.core import Task
 from autoprune.dependence import Dependence
 from autoprune.handing import Outputs, Positions, alike, cloned, hollow, narrowed
 from autoprune.recover import averaging, norms_of
 from autoprune.reuse import Reuse, kind
-from autoprune.scores import Sample, Scored, Tally
+from autoprune.scores import Sample, Scored, Tally, answer
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
@@ -104,14 +104,14 @@ class _Member:
 
 
 class SharedPrefix:
-    """See the module's docstring. dense: the model that candidates are cut from.
+    """See the module's docstring. dense: the model that candidates are cut from. precision: that they are scored in.
 
     Raises:
         whatever the model raises on the task's inputs.
     """
 
-    def __init__(self, traced: TracedModel, dense: nn.Module, task: Task) -> None:
-        self._task = task
+    def __init__(self, traced: TracedModel, dense: nn.Module, task: Task, precision: str = "float32") -> None:
+        self._task, self._precision = task, precision
         self._device = next(dense.parameters()).device
         example = arguments(task.inputs, self._device)
         self._dependence = Dependence(traced, dense, example)
@@ -152,7 +152,7 @@ class SharedPrefix:
         largest = max(len(arguments(inputs)[0]) for inputs, _ in (*sample.batches, *recalibration))
         own = {n: self._own_bytes(candidates[n]) for n in reuse}
         for block in self._blocks(reuse, own, largest / self._per_example):
-            tallies = {n: Tally(self._task, self._device, sample) for n in block}
+            tallies = {n: Tally(self._task, self._device, sample, self._precision) for n in block}
             members = {n: _Member(candidates[n], reuse[n], tallies[n]) for n in block}
             began = time.perf_counter()
             self._block(network, common, list(members.values()), make, sample, recalibration)
@@ -225,7 +225,8 @@ class SharedPrefix:
         with torch.inference_mode():
             for number, (inputs, _) in enumerate(sample.batches):
                 batch = kind(inputs, "score")
-                outputs = self._outputs(network, members, inputs, batch)
+                with precision(self._precision, self._device):
+                    outputs = self._outputs(network, members, inputs, batch)
                 for member in _whole(members):
                     self._add(member, number, inputs, batch, outputs)
                 outputs.clear()
@@ -238,7 +239,7 @@ class SharedPrefix:
         if number == 0 and reused and not member.failed and reused not in self._shown | self._refuted:
             with member.working():
                 began = time.perf_counter()
-                whole = member.model(*arguments(inputs, self._device))
+                whole = answer(member.model, arguments(inputs, self._device), self._precision, self._device)
                 member.tally.forward += time.perf_counter() - began
                 (self._shown if alike(output, whole) else self._refuted).add(reused)
 

@@ -104,6 +104,7 @@ def needs(depth): return depth
         ("search seed=-1", "seed must be a whole number of 0 or more, got -1"),
         ("search evaluator.images=many", "evaluator.images must be a whole number, got 'many'"),
         ("search evaluator.images=1", "evaluator: images >= 2 must hold, got images=1"),
+        ("search evaluator.precision=half", "evaluator: precision must be float32 or bfloat16, got precision=half"),
         ("search finetune.epochs=-1", "epochs >= 0 must hold, got epochs=-1"),
         ("search space.levels=1", "levels >= 2 must hold"),
         ("search strategy.sweep_levels=0", "sweep_levels >= 1 must hold"),

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from tiny import make_task
 from torch import nn
 from torch.nn import functional as F
@@ -249,6 +250,23 @@ def test_candidates_come_to_the_same_together_and_alone(tmp_path: Path) -> None:
     again = evaluator(tmp_path)
     assert all(t.cached for t in again(list(enumerate(rounds[0]))))
     assert together.identity == alone.identity
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_scores_in_bfloat16_are_nearly_those_in_float32(shared: bool) -> None:
+    exact, rough = evaluator(shared=shared), evaluator(shared=shared)
+    rough.scoring = replace(rough.scoring, precision="bfloat16")
+    groups = exact.traced.space.groups
+    batch = [
+        Candidate(ratios=tuple(h.levels[level] if h is g else 0.0 for h in groups)) for g in groups for level in (2, -1)
+    ]
+    ours, theirs = ([t.loss for t in each(list(enumerate(batch)))] for each in (rough, exact))
+    assert ours == pytest.approx(theirs, rel=0.02)
+    assert ours != theirs
+    assert spearmanr(ours, theirs).statistic > 0.95
+    assert rough.identity != exact.identity
+    assert rough.shared == pytest.approx(exact.shared, abs=0.01)
+    assert (rough.shared > 0.2) == shared
 
 
 class Column(nn.Module):
