@@ -261,9 +261,10 @@ class Trial:
 
     score is the task's metric on the search split, higher is better; loss the task's loss on the same images, lower
     is better. The intervals (95 %) are of the images drawn; `loss_change` is the paired difference from the dense
-    model on the same images, much narrower than either loss. costs: as predicted, or counted and measured where the
-    candidate asked for it; `predicted` then holds what had been expected. feasible: None while a budgeted cost is only
-    predicted or its measurement was disturbed.
+    model on the same images, much narrower than either loss. parts [K]: what each part of the images adds to score and
+    to loss, to six digits; trials of one fidelity have the same parts, of which two in a row are alike. costs: as
+    predicted, or counted and measured where the candidate asked for it; `predicted` then holds what had been expected.
+    feasible: None while a budgeted cost is only predicted or its measurement was disturbed.
     """
 
     number: int
@@ -273,6 +274,7 @@ class Trial:
     score_high: float = math.nan
     loss: float = math.nan
     loss_change: Measurement | None = None
+    parts: tuple[tuple[float, float], ...] = ()
     costs: Mapping[str, Measurement] = field(default_factory=dict)
     predicted: Mapping[str, float] = field(default_factory=dict)
     feasible: bool | None = None
@@ -294,6 +296,7 @@ class Trial:
                 **values,
                 "candidate": Candidate(**{**candidate, "ratios": tuple(candidate["ratios"])}),
                 "loss_change": None if change is None else Measurement.from_json(change),
+                "parts": tuple((score, loss) for score, loss in values["parts"]),
                 "costs": {name: Measurement.from_json(m) for name, m in values["costs"].items()},
             }
         )
@@ -301,7 +304,8 @@ class Trial:
             raise ValueError(f"a trial's number must be a whole number of 0 or more, got {found.number!r}")
         scored = (found.score, found.loss) if found.error is None else ()
         times = (found.seconds, found.seconds_in_forward)
-        numbers = (*scored, *times, *found.candidate.ratios, *found.predicted.values())
+        parts = (number for part in found.parts for number in part)
+        numbers = (*scored, *times, *found.candidate.ratios, *found.predicted.values(), *parts)
         if wrong := [number for number in numbers if not is_number(number)]:
             raise ValueError(f"trial {found.number} must hold finite numbers, got {wrong[0]!r}")
         return found

@@ -501,6 +501,8 @@ class Evaluator:
         change = np.subtract(scored.losses, self.dense(candidate.fidelity).losses)
         difference = float(np.average(change, weights=scored.sizes))
         change_low, change_high = sample.interval(change)
+        shares = np.divide(scored.sizes, sum(scored.sizes))
+        parts = zip(shares * scored.scores, shares * scored.losses, strict=True)
         trial = Trial(
             number=0,
             candidate=candidate,
@@ -517,6 +519,7 @@ class Evaluator:
                 kind="measured",
                 notes=("paired with the dense model",),
             ),
+            parts=tuple((float(f"{score:.6g}"), float(f"{loss:.6g}")) for score, loss in parts),
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
         )

@@ -52,14 +52,15 @@ class Ending:
     def best(
         self, scored: Mapping[Levels, Trial], worth: Callable[[Trial], float] = lambda trial: trial.score
     ) -> Conversation:
-        """Recover those of most worth and measure the best: of what is predicted to keep the budgets first, then of
-        what had to be bounded anew. Where nothing is left, the smallest network is measured, the closest there is."""
+        """Recover those of most worth, of those scored on most images, and measure the best: of what is predicted to
+        keep the budgets first, then of what had to be bounded anew. Where nothing is left, the smallest network is
+        measured, the closest there is."""
         whole = {levels: trial for levels, trial in scored.items() if trial.error is None}
         done: set[Levels] = set()
         answered = False
         for _ in range(self.attempts):
             bound = Bound(self.space, self.budgets, self.costs)
-            ranked = sorted(whole, key=lambda n: (not bound.keeps(n), -worth(whole[n]), whole[n].loss))
+            ranked = sorted(whole, key=lambda n: (not bound.keeps(n), *_order(whole[n], worth)))
             inside = dict.fromkeys(levels if bound.keeps(levels) else bound.walked(levels) for levels in ranked)
             best = [levels for levels in inside if levels not in done][: self.finalists] if bound.reachable else []
             if not best:
@@ -100,8 +101,12 @@ class Ending:
             self._tried |= {(levels, recovery): trial for levels, trial in zip(unseen, trials, strict=True)}
             whole = {levels: self._tried[levels, recovery] for levels in best}
             whole = {levels: trial for levels, trial in whole.items() if trial.error is None}
-            for levels in sorted(whole, key=lambda n: (-worth(whole[n]), whole[n].loss)):
+            for levels in sorted(whole, key=lambda n: _order(whole[n], worth)):
                 (trial,) = yield [Candidate(ratios=self.space.ratios(levels), recovery=recovery, measure=True)]
                 if trial.error is None:
                     return levels, trial
         return None
+
+
+def _order(trial: Trial, worth: Callable[[Trial], float]) -> tuple[float, float, float]:
+    return -trial.candidate.fidelity, -worth(trial), trial.loss

@@ -178,18 +178,19 @@ def losses_by_image(model: nn.Module, sample: Sample, task: Task) -> NDArray[np.
 
 
 def drawn(chunks: Sequence[Any], losses: NDArray[np.float64], images: int, seed: int) -> Sample:
-    """Some `images` of chunks that hold 2 x STRATUM at least, in multiples of STRATUM, drawn in strata of equal sums of
-    the dense network's loss by image [N]."""
+    """Some `images` of chunks that hold 2 x STRATUM at least, about as many of each of the strata, which have equal
+    sums of the dense network's loss by image [N]."""
     key = np.maximum(losses, 0) + EVEN * np.abs(losses).mean() + 1e-12
-    strata = _strata(key, max(images // STRATUM, 1))
+    size = min(STRATUM, max(2, images // (2 * STRATA) * 2))
+    strata = _strata(key, max(images // size, 1), size)
     rng = np.random.default_rng(seed)
     chosen, weights = [], []
     for stratum in strata:
-        taken = rng.choice(stratum, min(STRATUM, len(stratum)), replace=False)
+        taken = rng.choice(stratum, min(size, len(stratum)), replace=False)
         halves = np.array_split(taken, 2)
         chosen += halves
         weights += [len(stratum) * len(half) / len(taken) for half in halves]
-    together = max(len(arguments(chunks[0][0])[0]) // STRATUM, 1) * 2
+    together = max(len(arguments(chunks[0][0])[0]) // size, 1) * 2
     joined = Joined.of(chunks)
     batches = [chosen[i : i + together] for i in range(0, len(chosen), together)]
     return Sample(
@@ -200,12 +201,12 @@ def drawn(chunks: Sequence[Any], losses: NDArray[np.float64], images: int, seed:
     )
 
 
-def _strata(key: NDArray[np.float64], count: int) -> list[NDArray[np.int64]]:
-    """Images by falling key, in strata of nearly equal sums of it, each of STRATUM images at least."""
+def _strata(key: NDArray[np.float64], count: int, least: int) -> list[NDArray[np.int64]]:
+    """Images by falling key, in strata of nearly equal sums of it, each of so many images at least."""
     left, strata = np.argsort(-key, kind="stable"), []
     for more in range(count, 0, -1):
         sums = np.cumsum(key[left])
-        size = len(left) if more == 1 else max(STRATUM, int(np.searchsorted(sums, sums[-1] / more)) + 1)
+        size = len(left) if more == 1 else max(least, int(np.searchsorted(sums, sums[-1] / more)) + 1)
         if len(left) - size < 2:  # a stratum has two halves
             size = len(left)
         strata.append(left[:size])

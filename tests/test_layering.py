@@ -22,6 +22,7 @@ LAYERS = [
         "pruning_env",
         "reconstruct",
         "dependence",
+        "race",
         "reuse",
     },
     {"tracing", "blocks", "probe", "proof", "agent"},
@@ -40,7 +41,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what strategies may see
-NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "finalists", "pruning_env", "sweep"}
+NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "finalists", "pruning_env", "race", "sweep"}
 ONLY_IN = {
     "stable_baselines3": {"agent.py"},
     "gymnasium": {"pruning_env.py"},

@@ -19,6 +19,7 @@ import numpy as np
 from autoprune.bound import Bound, Levels
 from autoprune.core import Budget, Candidate, CostModel, PruningSpace, Recovery, Scripted, check_recovery, check_rules
 from autoprune.finalists import Conversation, Ending
+from autoprune.race import raced
 
 BURN_IN = 20  # draws that are thrown away, as the walk begins at a choice of its own
 
@@ -26,8 +27,9 @@ BURN_IN = 20  # draws that are thrown away, as the walk begins at a choice of it
 class RandomSearch(Scripted):
     """See the module's docstring.
 
-    episodes: candidates drawn, all in one batch; where the surface has fewer, each once. band in (0, 1], thin >= 1: see
-    above. proxy: the recovery that they are scored after. finalists, attempts, recovery: see finalists.py.
+    episodes: candidates drawn, all at once; where the surface has fewer, each once. band in (0, 1], thin >= 1: see
+    above. proxy: the recovery that they are scored after. race in [0, 1): the error level at which a candidate is
+    dropped before it was scored on all images (race.py); 0 drops none. finalists, attempts, recovery: see finalists.py.
 
     Raises:
         InputError: a setting is out of its range.
@@ -44,6 +46,7 @@ class RandomSearch(Scripted):
         band: float = 0.05,
         thin: int = 5,
         proxy: Recovery = "probe",
+        race: float = 0.2,
         finalists: int = 3,
         attempts: int = 4,
         recovery: Recovery = "short",
@@ -52,13 +55,15 @@ class RandomSearch(Scripted):
             "episodes >= 1": episodes >= 1,
             "0 < band <= 1": 0 < band <= 1,
             "thin >= 1": thin >= 1,
+            "0 <= race < 1": 0 <= race < 1,
         }
-        given = {"episodes": episodes, "band": band, "thin": thin}
+        given = {"episodes": episodes, "band": band, "thin": thin, "race": race}
         check_rules("random", rules, given)
         check_recovery(proxy)
         self.space, self.budgets, self.costs, self.seed = space, tuple(budgets), dict(costs), seed
         self.episodes, self.band, self.thin = episodes, band, thin
         self.proxy: Recovery = proxy
+        self.race, self.finalists = race, finalists
         self._ending = Ending(
             strategy="random",
             space=space,
@@ -77,7 +82,8 @@ class RandomSearch(Scripted):
             return
         drawn = surface(bound, np.random.default_rng(self.seed), band=self.band, thin=self.thin)
         found = list(dict.fromkeys(islice(drawn, BURN_IN, BURN_IN + self.episodes)))
-        trials = yield [Candidate(ratios=bound.space.ratios(levels), recovery=self.proxy) for levels in found]
+        asked = [Candidate(ratios=bound.space.ratios(levels), recovery=self.proxy) for levels in found]
+        trials = yield from raced(asked, keep=self.finalists, error=self.race)
         yield from self._ending.best(dict(zip(found, trials, strict=True)))
 
 

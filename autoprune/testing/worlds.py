@@ -75,6 +75,7 @@ class World:
                 score_low=1 - loss,
                 score_high=1 - loss,
                 loss=loss,
+                parts=(((1 - loss) / 2, loss / 2),) * 2,
                 costs={"macs": cost},
                 feasible=self.budgets[0].met(cost),
             )
