@@ -23,6 +23,8 @@ bench:
 	$(PYTHON) experiments/tracing/speed.py
 	$(PYTHON) experiments/benchmarks/building.py
 	$(PYTHON) experiments/benchmarks/sweeps.py
+	$(PYTHON) experiments/benchmarks/racing.py
+	$(PYTHON) experiments/benchmarks/precision.py
 	$(PYTHON) experiments/benchmarks/searches.py
 	$(PYTHON) experiments/benchmarks/workers.py
 	$(PYTHON) experiments/benchmarks/growth.py

@@ -1,24 +1,24 @@
 """The best few of many candidates, on as few images as tell them apart.
 
-All candidates are scored on a few images, the same for each. Those that are worse than the best few by more than chance
-explains, at a stated error level, have lost; the others are scored on more, and so on to all images. The differences
-are paired, part by part of the images, which narrows them as every candidate finds the same images hard (Maron and
-Moore, "Hoeffding Races", NIPS 1993; with paired tests Birattari et al., "A Racing Algorithm for Configuring
-Metaheuristics", GECCO 2002). Where too many are too close to be told apart, only so many of the better go on as a rung
-takes: any of them will do about as well (successive halving; Jamieson and Talwalkar, AISTATS 2016).
+All candidates are scored on a few images, the same for each. Those that may be the best, but for a stated error, are
+scored on more, and so on to all images. How likely each is the best follows from what the parts of the images say: what
+two parts that are alike differ by, multiplied by random numbers (the wild bootstrap; Wu, Annals of Statistics 14,
+1986), moves all candidates at once, so that comparisons are paired, images being hard for all. It is a race (Maron and
+Moore, "Hoeffding Races", NIPS 1993) whose survivors are a model confidence set (Hansen, Lunde and Nason, Econometrica
+79, 2011). Where more are too close to be told apart than a rung takes, the better ones go on: any of them will do about
+as well.
 
-Letters: M candidates, K parts.
+Letters: M candidates, K parts of the images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 
 from autoprune.core import Candidate, Trial
 
@@ -28,52 +28,57 @@ if TYPE_CHECKING:
 By = Literal["score", "loss"]
 # fraction of the images -> of the candidates, how many are scored on them at most
 RUNGS = {0.04: 1.0, 0.15: 0.4, 1.0: 0.15}
+DRAWS = 1000
 
 
 def raced(
-    candidates: Sequence[Candidate], *, keep: int, by: By = "loss", error: float = 0.2
+    candidates: Sequence[Candidate], *, keep: int, by: By = "loss", error: float = 0.05, seed: int = 0
 ) -> Generator[list[Candidate], Sequence[Trial], list[Trial]]:
     """The last trial of each candidate [M]: of full fidelity those of the best, `keep` of them at least.
 
-    by: what they are compared by; losses tell networks apart that answer alike. error: in (0, 1), how likely one that
-    is as good as the last of the best is dropped at a rung; 0 scores all on all images.
+    by: what they are compared by; losses tell networks apart that answer alike. error: in (0, 1), how likely the best
+    is dropped at a rung; 0 scores all on all images.
     """
     last: dict[int, Trial] = {}
     racing = list(range(len(candidates)))
     for fidelity, share in RUNGS.items() if error and len(candidates) > keep else [(1.0, 1.0)]:
-        most = max(keep, math.ceil(share * len(candidates)))
-        racing = racing[:most]
+        racing = racing[: max(keep, math.ceil(share * len(candidates)))]
         trials = yield [replace(candidates[i], fidelity=fidelity) for i in racing]
         last |= zip(racing, trials, strict=True)
-        racing = _ahead({i: t for i, t in zip(racing, trials, strict=True) if t.error is None}, keep, by, error)
+        racing = _ahead({i: t for i, t in zip(racing, trials, strict=True) if t.error is None}, keep, by, error, seed)
         if not racing:
             break
     return [last[i] for i in range(len(candidates))]
 
 
-def _ahead(trials: dict[int, Trial], keep: int, by: By, error: float) -> list[int]:
-    """The candidates that have not lost, best first."""
+def _ahead(trials: Mapping[int, Trial], keep: int, by: By, error: float, seed: int) -> list[int]:
+    """The candidates that may be the best, and `keep` of them at least, best first."""
     ranked = sorted(trials, key=lambda i: (_badness(trials[i], by), trials[i].loss))
-    best, others = ranked[:keep], ranked[keep:]
-    return [*best, *(i for i in others if not _behind(trials[i], trials[best[-1]], by, error))]
+    if len(ranked) <= keep or not all(trials[i].parts for i in ranked):
+        return ranked
+    column, sign = (0, -1.0) if by == "score" else (1, 1.0)
+    parts = sign * np.asarray([trials[i].parts for i in ranked])[:, :, column]
+    unseen = 1 - trials[ranked[0]].candidate.fidelity  # all there is to see is not drawn from anything
+    likely = chances(parts, math.sqrt(unseen), seed)
+    order = np.argsort(-likely, kind="stable")
+    enough = int(np.searchsorted(np.cumsum(likely[order]), 1 - error)) + 1
+    staying = {*range(keep), *order[:enough].tolist()}
+    return [i for place, i in enumerate(ranked) if place in staying]
 
 
 def _badness(trial: Trial, by: By) -> float:
     return -trial.score if by == "score" else trial.loss
 
 
-def _behind(trial: Trial, other: Trial, by: By, error: float) -> bool:
-    """Whether a trial is worse than another on the same images by more than chance explains."""
-    if not trial.parts or len(trial.parts) != len(other.parts):
-        return False
-    each = np.subtract(other.parts, trial.parts)[:, 0] if by == "score" else np.subtract(trial.parts, other.parts)[:, 1]
-    deviation, freedom = spread(each)
-    unseen = math.sqrt(1 - trial.candidate.fidelity)  # all there is to see is not drawn from anything
-    return freedom > 0 and float(each.sum()) > float(stdtrit(freedom, 1 - error)) * deviation * unseen
-
-
-def spread(parts: Floats) -> tuple[float, int]:
-    """The standard deviation of the sum of parts [K], and its degrees of freedom: two in a row are of one kind."""
-    count = len(parts) - len(parts) % 2
-    halves = parts[:count].reshape(-1, 2)
-    return math.sqrt(float(((halves[:, 0] - halves[:, 1]) ** 2).sum()) * len(parts) / max(count, 1)), len(halves)
+def chances(parts: Floats, scale: float, seed: int) -> Floats:
+    """How likely each candidate's sum of parts [M, K] is the least [M]. Two parts in a row are alike, so that what they
+    differ by is chance; scale: what that is multiplied by."""
+    pairs = parts.shape[1] // 2
+    if not pairs:
+        return np.full(len(parts), 1 / len(parts))
+    halves = parts[:, : 2 * pairs].reshape(len(parts), pairs, 2)
+    differences = (halves[..., 0] - halves[..., 1]) * math.sqrt(parts.shape[1] / (2 * pairs))
+    rng = np.random.default_rng(seed)
+    student = rng.standard_normal((DRAWS, pairs)) * np.sqrt(pairs / rng.chisquare(pairs, (DRAWS, 1)))
+    sums = parts.sum(1) + scale * (student @ differences.T)
+    return np.asarray(np.bincount(sums.argmin(1), minlength=len(parts)) / DRAWS, dtype=np.float64)

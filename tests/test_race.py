@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from autoprune import race
 from autoprune.core import Candidate, Trial
-from autoprune.race import By, raced, spread
+from autoprune.race import By, chances, raced
 
 IMAGES = 1000
 
@@ -71,32 +73,49 @@ def test_the_best_of_many_is_found_on_few_of_the_images(by: By) -> None:
         best = _best(track.run(keep=3, by=by))
         regrets.append(max(map(track.score, track.candidates)) - track.score(best.candidate))
         shares.append(track.seen / IMAGES / 120)
-    assert np.mean(shares) <= 0.12
-    assert np.mean(regrets) <= 0.001
+    assert np.mean(shares) <= 0.1
+    assert np.mean(regrets) <= 0.002
 
 
 def test_of_near_ties_so_many_go_on_as_a_rung_takes() -> None:
     regrets, shares = [], []
     for seed in range(10):
         track = Track(np.random.default_rng(seed).uniform(0.85, 0.86, 120).tolist(), seed)
-        best = _best(track.run(keep=3, error=0.01))
+        best = _best(track.run(keep=3))
         regrets.append(max(map(track.score, track.candidates)) - track.score(best.candidate))
         shares.append(track.seen / IMAGES / 120)
     assert max(shares) <= 0.4
     assert np.mean(regrets) <= 0.002
 
 
-@pytest.mark.parametrize("error", [0.02, 0.2])
+@pytest.mark.parametrize("error", [0.05, 0.2])
 @pytest.mark.parametrize("by", ["score", "loss"])
-def test_as_good_ones_are_dropped_as_often_as_the_error_level_says(
+def test_the_best_is_dropped_as_seldom_as_the_error_level_says(
     by: By, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two at a time, of which one is kept: the other is dropped where it seems to be worse, which it is not."""
     monkeypatch.setattr(race, "RUNGS", {0.15: 1.0, 1.0: 1.0})
-    count = 400
-    raced = [Track([0.8, 0.8], seed).run(keep=1, by=by, error=error) for seed in range(count)]
-    dropped = sum(min(trial.candidate.fidelity for trial in trials) < 1 for trials in raced)
-    assert 0.2 * 2 * error * count <= dropped <= 1.3 * 2 * error * count, "either of the two may seem to be worse"
+    count, dropped, sharing = 200, 0, 0
+    for seed in range(count):
+        track = Track(np.random.default_rng(seed).uniform(0.6, 0.9, 20).tolist(), seed)
+        trials = track.run(keep=1, by=by, error=error, seed=seed)
+        best = max(range(20), key=lambda i: track.score(track.candidates[i]))
+        dropped += trials[best].candidate.fidelity < 1
+        sharing += len(track.asked[-1])
+    assert dropped <= error * count + 3 * math.sqrt(count * error * (1 - error))
+    assert sharing <= 4 * count, "of twenty, few may be the best"
+
+
+def test_chances_are_those_of_paired_differences() -> None:
+    """What all candidates have in common tells nothing about which is the best."""
+    rng = np.random.default_rng(0)
+    common, own = rng.normal(0, 1, 400), rng.normal(0, 0.01, (3, 400))
+    parts = own + common + np.array([[0.0], [0.0], [0.002]])
+    first, second, third = chances(parts, 1.0, seed=0)
+    assert third < 0.05 < min(first, second)
+    gap = float((parts[1] - parts[0]).sum())
+    deviation = 0.01 * math.sqrt(2 * 400)
+    assert first / (first + second) == pytest.approx(float(norm.cdf(gap / deviation)), abs=0.1)
+    assert chances(parts, 0.0, seed=0).tolist() == [float(i == parts.sum(1).argmin()) for i in range(3)]
 
 
 def test_the_best_few_are_scored_on_all_images() -> None:
@@ -137,13 +156,3 @@ def test_where_all_fail_nothing_more_is_asked() -> None:
     track.fails = lambda candidate: True
     assert all(t.error for t in track.run(keep=1))
     assert len(track.asked) == 1
-
-
-def test_the_deviation_of_a_sum_is_estimated_without_bias() -> None:
-    rng = np.random.default_rng(0)
-    for count in (20, 21):
-        parts = rng.normal(0, 1, (4000, count))
-        estimates = [spread(each) for each in parts]
-        assert np.mean([d**2 for d, _ in estimates]) == pytest.approx(count, rel=0.05)
-        assert estimates[0][1] == 10
-    assert spread(np.array([1.0])) == (0.0, 0)

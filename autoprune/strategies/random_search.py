@@ -28,8 +28,9 @@ class RandomSearch(Scripted):
     """See the module's docstring.
 
     episodes: candidates drawn, all at once; where the surface has fewer, each once. band in (0, 1], thin >= 1: see
-    above. proxy: the recovery that they are scored after. race in [0, 1): the error level at which a candidate is
-    dropped before it was scored on all images (race.py); 0 drops none. finalists, attempts, recovery: see finalists.py.
+    above. proxy: the recovery that they are scored after. race in [0, 1): how likely the best of them may be dropped
+    before it was scored on all images, at a rung of the race (race.py); 0 scores all on all. finalists, attempts,
+    recovery: see finalists.py.
 
     Raises:
         InputError: a setting is out of its range.
@@ -46,7 +47,7 @@ class RandomSearch(Scripted):
         band: float = 0.05,
         thin: int = 5,
         proxy: Recovery = "probe",
-        race: float = 0.2,
+        race: float = 0.05,
         finalists: int = 3,
         attempts: int = 4,
         recovery: Recovery = "short",
@@ -83,7 +84,7 @@ class RandomSearch(Scripted):
         drawn = surface(bound, np.random.default_rng(self.seed), band=self.band, thin=self.thin)
         found = list(dict.fromkeys(islice(drawn, BURN_IN, BURN_IN + self.episodes)))
         asked = [Candidate(ratios=bound.space.ratios(levels), recovery=self.proxy) for levels in found]
-        trials = yield from raced(asked, keep=self.finalists, error=self.race)
+        trials = yield from raced(asked, keep=self.finalists, error=self.race, seed=self.seed)
         yield from self._ending.best(dict(zip(found, trials, strict=True)))
 
 

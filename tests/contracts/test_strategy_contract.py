@@ -24,8 +24,8 @@ from autoprune.testing import (
 
 BASELINES = {"uniform"}
 SMALLER: dict[str, dict[str, Any]] = {  # the rules hold for any number of candidates; these take seconds
-    "amc": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
-    "amc_paper": {"episodes": 40, "warm_up": 20, "hidden": [16, 16]},
+    "amc": {"episodes": 24, "warm_up": 16, "hidden": [16, 16]},
+    "amc_paper": {"episodes": 24, "warm_up": 16, "hidden": [16, 16]},
     "optuna": {"episodes": 40},
     "random": {"episodes": 60},
 }
