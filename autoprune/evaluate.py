@@ -11,10 +11,9 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,19 +42,18 @@ from autoprune.core import (
     check_rules,
 )
 from autoprune.criteria import Scores
-from autoprune.lineage import Networks, check_nested
-from autoprune.prune import choose_units, weights_hash
-from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, Teacher, anchored, check_healing, finetune, recalibrate, shorter
+from autoprune.healer import Care, Healer, part
+from autoprune.lineage import Networks
+from autoprune.prune import weights_hash
+from autoprune.recover import HEALING, FineTune, anchored, check_healing
 from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, score, subset
 from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
-from autoprune.traced import TracedModel, tensors_of
+from autoprune.traced import TracedModel
 from autoprune.units import Labels
 from autoprune.writing import is_full
 
 LOG = logging.getLogger("autoprune")
 Likeness = tuple[int | None, Recovery, float]
-LESSONS = 64 * 2**20  # bytes of the dense model's outputs that are kept for the next candidate's short fine-tune
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,14 +136,12 @@ class Evaluator:
         given = copy.deepcopy(task.model).to(device).eval()
         self.dense_model = anchored(given, self.recalibration, task.loss)
         self.anchored = self.dense_model is not given
-        self._teacher = Teacher(self.dense_model, remembered=LESSONS)
+        care = Care(scoring.recovery, self.recalibration, scoring.short, seed)
+        self.healer = Healer(task, traced, importance, self.dense_model, care, self._digest)
         self._dense: dict[float, Scored] = {}
         self._samples: dict[float, Sample] = {}
-        self._known: dict[int, Candidate] = {}
         self._scored: dict[Candidate, Trial] = {}
         self._digests: dict[Candidate, str] = {}
-        self._networks: Networks | None = None
-        self._reconstruction: tuple[str | None, Reconstruction] | None = None
         self._prefix: SharedPrefix | None = None
         self._saved_elsewhere = 0.0
         self.hits = self.evaluations = 0
@@ -153,9 +149,9 @@ class Evaluator:
     def remember(self, history: Iterable[Trial], networks: Networks | None) -> None:
         """Earlier trials, which may be parents and are not scored again, and where networks are kept for children."""
         for trial in history:
-            self._known[trial.number] = trial.candidate
+            self.healer.known[trial.number] = trial.candidate
             self._add(trial)
-        self._networks = networks
+        self.healer.networks = networks
 
     def _add(self, trial: Trial) -> None:
         if trial.error is None:
@@ -172,7 +168,8 @@ class Evaluator:
 
     def trials(self, batch: Sequence[tuple[int, Candidate]]) -> Iterator[Trial]:
         """Of candidates that are expected."""
-        beside = Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(self._known[n]), scored))
+        known = self.healer.known
+        beside = Beside(self._blocks(batch), lambda n, scored: write_cached(self._cache_path(known[n]), scored))
         for number, candidate in batch:
             with threads(self.scoring.threads):
                 outcome = beside.of(number)
@@ -192,8 +189,8 @@ class Evaluator:
 
     def expect(self, batch: Sequence[tuple[int, Candidate]]) -> None:
         """These will be asked for, or their children: of kept networks only those are kept on that they come from."""
-        self._known |= dict(batch)
-        self._forget({candidate.parent for _, candidate in batch if candidate.parent is not None})
+        self.healer.known |= dict(batch)
+        self.healer.retain({candidate.parent for _, candidate in batch if candidate.parent is not None})
 
     def elsewhere(self) -> Evaluator:
         """One for another process, with the same trials: without the meters, and without the splits that it has no
@@ -202,9 +199,8 @@ class Evaluator:
         there = copy.copy(self)
         there.task = replace(self.task, model=nn.Identity(), search=(), test=())
         there.meters, there.hits, there.evaluations = {}, 0, 0
-        there._known, there._scored, there._digests = {}, {}, {}
-        there._teacher = Teacher(self.dense_model, remembered=LESSONS)
-        there._networks = there._reconstruction = there._prefix = None
+        there._scored, there._digests, there._prefix = {}, {}, None
+        there.healer = self.healer.elsewhere(there._digest)
         return there
 
     def alike(self, batch: Sequence[tuple[int, Candidate]]) -> list[list[tuple[int, Candidate]]]:
@@ -219,29 +215,26 @@ class Evaluator:
         """These, with what an evaluator elsewhere must know of where they come from."""
         known: dict[int, Candidate] = {}
         networks: dict[str, Mapping[str, Tensor]] = {}
-        parents = self._parents(candidate for _, candidate in batch)
+        healer = self.healer
+        parents = healer.parents(candidate for _, candidate in batch)
         older = parents
         while older.keys() - known.keys():
             known |= older
-            older = self._parents(older.values())
-        for number, parent in parents.items() if self._networks is not None else ():
+            older = healer.parents(older.values())
+        for number, parent in parents.items() if healer.networks is not None else ():
             with suppress(Exception):  # what cannot be made fails with each of its children
-                if self._stored(parent) is None:
-                    self._spread(number)  # once, here
-                if tensors := self._stored(parent):
+                if healer.stored(parent) is None:
+                    healer.spread(number)  # once, here
+                if tensors := healer.stored(parent):
                     networks[self._digest(parent)] = tensors
-        return Parcel(tuple(batch), known, None if self._networks is None else networks)
-
-    def _parents(self, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
-        numbers = {candidate.parent for candidate in candidates}
-        return {number: self._known[number] for number in numbers if number is not None and number in self._known}
+        return Parcel(tuple(batch), known, None if healer.networks is None else networks)
 
     def evaluated(self, parcel: Parcel) -> Iterator[Evaluated]:
         """Trials of what another process's evaluator sent."""
         networks = Networks(None)
         for digest, tensors in (parcel.networks or {}).items():
             networks.add(digest, tensors)
-        self._known, self._networks = dict(parcel.known), None if parcel.networks is None else networks
+        self.healer.known, self.healer.networks = dict(parcel.known), None if parcel.networks is None else networks
         self._scored.clear()
         sent, saved = set(networks.in_memory()), self._saved_here
         for trial in self(parcel.batch):
@@ -251,14 +244,14 @@ class Evaluator:
 
     def took(self, evaluated: Evaluated) -> Trial:
         """A trial that came from another process."""
-        trial = replace(evaluated.trial, candidate=self._known[evaluated.trial.number])
+        trial = replace(evaluated.trial, candidate=self.healer.known[evaluated.trial.number])
         self._add(trial)
         self.hits += trial.cached
         self.evaluations += not trial.cached
         self._saved_elsewhere += evaluated.saved
-        if self._networks is not None:
+        if self.healer.networks is not None:
             for digest, tensors in evaluated.networks.items():
-                self._networks.add(digest, tensors)
+                self.healer.networks.add(digest, tensors)
         return trial
 
     @functools.cached_property
@@ -312,67 +305,15 @@ class Evaluator:
         """A fraction of the images, those that decide where the dense network's loss on each tells."""
         losses = losses_by_image(self.dense_model, self._sample(1.0), self.task)
         if losses is None:
-            return Sample.of(_part(self.chunks, fidelity))
+            return Sample.of(part(self.chunks, fidelity))
         if len(losses) < 2 * STRATUM:
             return self._sample(1.0)
         return drawn(self.chunks, losses, round(fidelity * len(losses)), self.seed)
 
-    def cut(self, ratios: Sequence[float]) -> nn.Module:
-        """The network at these ratios, not recovered."""
-        return self.traced.cut(self.dense_model, self._units(ratios)).eval()
-
     def recovered(self, candidate: Candidate) -> nn.Module:
         """The candidate's network, cut from the dense network or its parent's and recovered as it asks."""
         with threads(self.scoring.threads):
-            return self._recovered(candidate)
-
-    def _recovered(self, candidate: Candidate) -> nn.Module:
-        kept = self._units(candidate.ratios)
-        if stored := self._stored(candidate):
-            return self.traced.cut(self.traced.spread(self.dense_model, stored, kept), kept).eval()
-        model = self._rebuilt(candidate.parent, self._source(candidate.parent), candidate.recovery, kept)
-        if self._recalibrates(candidate.recovery):
-            recalibrate(model, _part(self.recalibration, candidate.fidelity))
-        if candidate.recovery == "short":
-            with seeded(self.seed):
-                finetune(
-                    model,
-                    self.task.train,
-                    shorter(self.scoring.short, candidate.fidelity, self.task.train),
-                    loss=self.task.loss,
-                    lr=self.task.lr,
-                    teacher=self._teacher,
-                )
-            self._keep(candidate, model)  # a lesser recovery is made again in a moment
-        return model
-
-    def _recalibrates(self, recovery: Recovery) -> bool:
-        return recovery != "none" and "bn_recalibrate" in self.scoring.recovery
-
-    def _source(self, parent: int | None) -> nn.Module:
-        """What a parent's children are cut from."""
-        return self.dense_model if parent is None else self._spread(parent)
-
-    def _rebuilt(
-        self,
-        parent: int | None,
-        source: nn.Module,
-        recovery: Recovery,
-        kept: Sequence[Labels],
-        *,
-        sharing: bool = False,
-    ) -> nn.Module:
-        """A parent's child, cut and refitted, its statistics not yet taken anew; sharing: as of TracedModel.cut.
-
-        Raises:
-            ValueError: a unit is to be kept that the parent has lost.
-        """
-        if parent is not None:
-            check_nested(self.traced.space, self._units(self._candidate(parent).ratios), kept)
-        model = self.traced.cut(source, kept, sharing=sharing).eval()
-        if recovery != "none" and "reconstruct" in self.scoring.recovery and self.traced.narrows:
-            self._reconstruct(model, kept, source, parent)
-        return model
+            return self.healer.healed(candidate)
 
     def _blocks(self, batch: Sequence[tuple[int, Candidate]]) -> dict[int, Iterator[dict[int, Outcome | None]]]:
         """The candidates of a batch that are scored together, by number, each with what scores it and others."""
@@ -386,7 +327,7 @@ class Evaluator:
                 self.traced.space.check(candidate.ratios)
                 path = self._cache_path(candidate)
                 if path is None or (path not in seen and self._read(path, candidate) is None):
-                    alike[like][number] = self._units(candidate.ratios)
+                    alike[like][number] = self.healer.units(candidate.ratios)
                     seen.add(path)
         found: dict[int, Iterator[dict[int, Outcome | None]]] = {}
         for (parent, recovery, fidelity), candidates in alike.items():
@@ -402,57 +343,10 @@ class Evaluator:
         self.dense(fidelity)
         if self._prefix is None:
             self._prefix = SharedPrefix(self.traced, self.dense_model, self.task, self.scoring.precision)
-        make = functools.partial(self._rebuilt, parent, self._source(parent), recovery, sharing=True)
-        recalibration = _part(self.recalibration, fidelity) if self._recalibrates(recovery) else []
+        make = functools.partial(self.healer.rebuilt, parent, self.healer.source(parent), recovery, sharing=True)
+        care = self.healer.care
+        recalibration = care.read(fidelity) if care.recalibrates(recovery) else []
         yield from self._prefix.scored(candidates, make, self._sample(fidelity), recalibration)
-
-    def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
-        """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
-        kept, as a round's candidates have one parent."""
-        digest = None if parent is None else self._digest(self._candidate(parent))
-        if self._reconstruction is None or self._reconstruction[0] != digest:
-            self._reconstruction = None  # two at once would take twice the memory
-            made = Reconstruction(source, self.traced, self.recalibration, seed=self.seed)
-            self._reconstruction = digest, made
-        self._reconstruction[1].apply(model, kept)
-
-    def _spread(self, parent: int) -> nn.Module:
-        """A network of the dense one's shape that computes what the parent's recovered one does."""
-        earlier = self._candidate(parent)
-        tensors = self._stored(earlier)
-        if tensors is None:
-            made = self.recovered(earlier)
-            self._keep(earlier, made)  # whatever its recovery: it is needed for every child
-            tensors = dict(tensors_of(made))
-        return self.traced.spread(self.dense_model, tensors, self._units(earlier.ratios)).eval()
-
-    def _stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
-        if self._networks is None:
-            return None
-        return self._networks.get(self._digest(candidate), {n: t.shape for n, t in tensors_of(self.dense_model)})
-
-    def _keep(self, candidate: Candidate, model: nn.Module) -> None:
-        if self._networks is not None:
-            self._networks.put(self._digest(candidate), model)
-
-    def _forget(self, parents: Collection[int]) -> None:
-        """Once a batch names its parents, only they and their children are likely to be asked for again."""
-        if self._networks is None or not parents:
-            return
-        family = set()
-        for number, candidate in self._known.items():
-            if number in parents or candidate.parent in parents:
-                with suppress(ValueError):  # what is no candidate at all becomes a failed trial
-                    family.add(self._digest(candidate))
-        self._networks.retain(family)
-
-    def _candidate(self, number: int) -> Candidate:
-        if number not in self._known:
-            raise ValueError(f"parent {number} is not among the trials so far")
-        return self._known[number]
-
-    def _units(self, ratios: Sequence[float]) -> tuple[Labels, ...]:
-        return choose_units(self.traced.space, self.importance, ratios)
 
     def _evaluate(self, number: int, candidate: Candidate, outcome: Outcome | None) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
@@ -465,7 +359,7 @@ class Evaluator:
             earlier = replace(earlier, cached=True, seconds_in_forward=0.0)
         expected = {name: m.predict(ratios) for name, m in self.costs.items()}
         if candidate.measure:
-            costs = self.measured(model or self.cut(ratios), glance=candidate.glance)
+            costs = self.measured(model or self.healer.cut(ratios), glance=candidate.glance)
         else:
             costs = {n: Measurement.exact(expected[n], m.unit, "predicted") for n, m in self.costs.items()}
         return replace(
@@ -544,10 +438,10 @@ class Evaluator:
             parent = candidate.parent
             content = {
                 **{key: value for key, value in self.identity.items() if key != "task"},
-                "kept": [hashlib.sha256(units.tobytes()).hexdigest() for units in self._units(candidate.ratios)],
+                "kept": [hashlib.sha256(units.tobytes()).hexdigest() for units in self.healer.units(candidate.ratios)],
                 "recovery": candidate.recovery,
                 "fidelity": candidate.fidelity,
-                "parent": None if parent is None else self._digest(self._candidate(parent)),
+                "parent": None if parent is None else self._digest(self.healer.candidate(parent)),
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
@@ -563,11 +457,6 @@ def _likeness(candidate: Candidate) -> Likeness | None:
 def _plain(candidate: Candidate) -> Candidate:
     """What of a candidate its score depends on."""
     return replace(candidate, measure=False, glance=False, about={})
-
-
-def _part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
-    """The first of them, at least one."""
-    return batches[: math.ceil(fidelity * len(batches) - 1e-9)]
 
 
 def _count(batches: Any) -> int | None:

@@ -20,6 +20,7 @@ from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import l1
 from autoprune.evaluate import Evaluator, Scoring
+from autoprune.healer import Healer
 from autoprune.meters.counts import Macs
 from autoprune.recover import HEALING, FineTune
 from autoprune.scores import CHUNKS, Sample, drawn, interval, losses_by_image, score, stratified, subset
@@ -167,7 +168,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_trial(monkeypatch: pytest.MonkeyP
     ours = evaluator()
 
     def poisoned(candidate: Candidate) -> nn.Module:
-        model = ours.cut(candidate.ratios)
+        model = ours.healer.cut(candidate.ratios)
         with torch.no_grad():
             next(model.parameters()).fill_(float("nan"))
         return model
@@ -365,16 +366,16 @@ def test_a_metric_that_some_parts_have_no_value_of_is_that_of_all_images() -> No
 def test_a_failure_does_not_run_the_blocks_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autoprune.shared_prefix.BLOCK", 2)
     ours = evaluator()
-    plain, made = Evaluator._rebuilt, []
+    plain, made = Healer.rebuilt, []
 
-    def fragile(self: Evaluator, *args: Any, **how: Any) -> Any:
+    def fragile(self: Healer, *args: Any, **how: Any) -> Any:
         *_, kept = args
         made.append(how)
         if len(kept[0]) < 0.6 * self.traced.space.groups[0].size:
             raise MemoryError("no room")
         return plain(self, *args, **how)
 
-    monkeypatch.setattr(Evaluator, "_rebuilt", fragile)
+    monkeypatch.setattr(Healer, "rebuilt", fragile)
     groups = ours.traced.space.groups
     cuts = [tuple(g.levels[-1] if i == k else 0.0 for i, g in enumerate(groups)) for k in range(len(groups))]
     trials = ours([(n, Candidate(ratios=ratios)) for n, ratios in enumerate(cuts)])

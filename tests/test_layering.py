@@ -29,7 +29,7 @@ LAYERS = [
     {"masks"},
     {"space"},
     {"lease", "lineage", "prune", "recover", "scores", "storage", "strategies", "tasks"},
-    {"cache", "components", "result", "shared_prefix", "workers"},
+    {"cache", "components", "healer", "result", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread"},
     {"answer", "report", "testing"},

@@ -112,7 +112,7 @@ def same(left: nn.Module, right: nn.Module) -> bool:
 
 
 def count_fine_tunes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    from autoprune import evaluate
+    from autoprune import healer
     from autoprune.recover import finetune
 
     made: list[int] = []
@@ -121,7 +121,7 @@ def count_fine_tunes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         made.append(1)
         finetune(model, *given, **named)
 
-    monkeypatch.setattr(evaluate, "finetune", counted)
+    monkeypatch.setattr(healer, "finetune", counted)
     return made
 
 
@@ -132,7 +132,7 @@ def test_a_child_starts_from_its_parents_weights() -> None:
     (orphan,) = evaluator()([(0, at(ours, 2, "none"))])
     assert inherits.error is None
     assert inherits.loss != orphan.loss
-    learnt, older, kept = ours.recovered(parent), ours._units(parent.ratios), ours._units(child.ratios)
+    learnt, older, kept = ours.recovered(parent), ours.healer.units(parent.ratios), ours.healer.units(child.ratios)
     assert same(ours.recovered(child), cut_from(ours.traced, ours.dense_model, learnt, older, kept))
 
 
@@ -140,9 +140,9 @@ def test_a_child_is_reconstructed_from_what_its_parent_has_learnt() -> None:
     ours = keeping(None, healing=("reconstruct",))
     parents, orphan = (at(ours, 1, "short"), at(ours, 2, "short")), at(ours, 3, "probe")
     list(ours([(0, parents[0]), (1, parents[1]), (2, orphan)]))
-    kept = ours._units(orphan.ratios)
+    kept = ours.healer.units(orphan.ratios)
     for number, parent in enumerate(parents):  # one after the other, each another source than the last
-        older = ours._units(parent.ratios)
+        older = ours.healer.units(parent.ratios)
         learnt = ours.traced.spread(ours.dense_model, dict(tensors_of(ours.recovered(parent))), older)
         child = ours.traced.cut(learnt, kept).eval()
         Reconstruction(learnt, ours.traced, ours.recalibration, seed=ours.seed).apply(child, kept)
@@ -180,9 +180,9 @@ def test_what_is_lost_or_damaged_is_made_again_bit_for_bit(tmp_path: Path) -> No
                 content[-5] ^= 0xFF
                 path.write_bytes(content)
         resumed = keeping(tmp_path, tuple(trials))
-        assert resumed._stored(grandchild) is None, harm
+        assert resumed.healer.stored(grandchild) is None, harm
         assert same(resumed.recovered(grandchild), network), harm
-        assert resumed._stored(grandchild) is not None, harm
+        assert resumed.healer.stored(grandchild) is not None, harm
         (again,) = keeping(tmp_path, tuple(trials[:2]))([(2, grandchild)])
         assert (again.score, again.loss) == (trials[2].score, trials[2].loss), harm
 

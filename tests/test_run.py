@@ -20,8 +20,9 @@ from autoprune import report
 from autoprune.answer import best
 from autoprune.borrowing import first, seeded
 from autoprune.core import InputError, Silent, Task
-from autoprune.evaluate import Evaluator, Scoring
+from autoprune.evaluate import Scoring
 from autoprune.final import finetune_table, healed
+from autoprune.healer import Healer
 from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.traced import tensors_of
@@ -180,15 +181,15 @@ def test_the_study_shows_ratios_scores_and_costs(tmp_path: Path) -> None:
 
 
 def test_failing_candidates_are_recorded_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Evaluator._rebuilt
+    plain = Healer.rebuilt
 
-    def fragile(self: Evaluator, *args: Any, **how: Any) -> Any:
+    def fragile(self: Healer, *args: Any, **how: Any) -> Any:
         *_, kept = args
         if len(kept[0]) < 0.6 * self.traced.space.groups[0].size:
             raise MemoryError("no room for this one")
         return plain(self, *args, **how)
 
-    monkeypatch.setattr(Evaluator, "_rebuilt", fragile)
+    monkeypatch.setattr(Healer, "rebuilt", fragile)
     result = searched()
     failed = [t for t in result.trials if t.error]
     assert failed

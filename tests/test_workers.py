@@ -217,9 +217,9 @@ def test_a_worker_without_memory_for_its_parcel_is_lost_and_nothing_hangs() -> N
     made, _ = trapped()
     made.remember((), Networks(None))
     parent = swept(made)[1][1]
-    made._known[0] = parent
-    assert made._networks is not None
-    made._networks.add(made._digest(parent), {"large": torch.zeros(64 * 2**20)})
+    made.healer.known[0] = parent
+    assert made.healer.networks is not None
+    made.healer.networks.add(made._digest(parent), {"large": torch.zeros(64 * 2**20)})
     child = replace(parent, parent=0)
     (trial,) = spread(made, Local(count=1, memory_mb=200), [(1, child)])
     assert str(trial.error).startswith(f"{DEATHS} workers were lost on it alone")

@@ -129,7 +129,7 @@ def floor(ours: Evaluator, candidates: Sequence[Candidate]) -> float:
     again = whole = 0.0
     (inputs, _) = ours.chunks[0]
     for candidate in candidates:
-        model = ours.cut(candidate.ratios)
+        model = ours.healer.cut(candidate.ratios)
         changed = [g for g, ratio in enumerate(candidate.ratios) if ratio > 0]
         reused = [0.0]
 

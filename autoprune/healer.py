@@ -1,0 +1,190 @@
+"""Candidates' networks: cut from the dense one, or from what an earlier candidate came to, and healed as they ask."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from autoprune.borrowing import seeded
+from autoprune.core import Candidate, Recovery, Task
+from autoprune.criteria import Scores
+from autoprune.lineage import Networks, check_nested
+from autoprune.prune import choose_units
+from autoprune.reconstruct import Reconstruction
+from autoprune.recover import FineTune, Teacher, finetune, recalibrate, shorter
+from autoprune.traced import TracedModel, tensors_of
+from autoprune.units import Labels
+
+LESSONS = 64 * 2**20  # bytes of the dense model's outputs that are kept for the next candidate's short fine-tune
+
+
+def part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
+    """The first of them, at least one."""
+    return batches[: math.ceil(fidelity * len(batches) - 1e-9)]
+
+
+@dataclass(frozen=True)
+class Care:
+    """What heals a network: which of HEALING (recover.py), the batches that they read, and the short fine-tune."""
+
+    recovery: Sequence[str]
+    batches: Sequence[Any]
+    short: FineTune
+    seed: int
+
+    def recalibrates(self, recovery: Recovery) -> bool:
+        return recovery != "none" and "bn_recalibrate" in self.recovery
+
+    def reconstructs(self, recovery: Recovery) -> bool:
+        return recovery != "none" and "reconstruct" in self.recovery
+
+    def read(self, fidelity: float) -> Sequence[Any]:
+        """Those that a candidate of this fidelity is healed with."""
+        return part(self.batches, fidelity)
+
+
+class Healer:
+    """See the module's docstring. Holds the dense model, never changes it.
+
+    digest: a name made of everything that a candidate's network depends on. known: candidates by number, which may be
+    parents. networks: where what parents came to is kept; None for nowhere, where it is made again each time.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        traced: TracedModel,
+        importance: Sequence[Scores],
+        dense: nn.Module,
+        care: Care,
+        digest: Callable[[Candidate], str],
+    ) -> None:
+        self.traced, self.importance, self.dense, self.care, self.digest = traced, importance, dense, care, digest
+        self.known: dict[int, Candidate] = {}
+        self.networks: Networks | None = None
+        self._train, self._loss, self._lr = task.train, task.loss, task.lr
+        self._teacher = Teacher(dense, remembered=LESSONS)
+        self._reconstruction: tuple[str | None, Reconstruction] | None = None
+
+    def elsewhere(self, digest: Callable[[Candidate], str]) -> Healer:
+        """One for another process, that knows no candidate yet."""
+        there = copy.copy(self)
+        there.digest, there.known, there.networks = digest, {}, None
+        there._teacher = Teacher(self.dense, remembered=LESSONS)
+        there._reconstruction = None
+        return there
+
+    def units(self, ratios: Sequence[float]) -> tuple[Labels, ...]:
+        """What is kept at these ratios."""
+        return choose_units(self.traced.space, self.importance, ratios)
+
+    def cut(self, ratios: Sequence[float]) -> nn.Module:
+        """The network at these ratios, not healed."""
+        return self.traced.cut(self.dense, self.units(ratios)).eval()
+
+    def healed(self, candidate: Candidate) -> nn.Module:
+        """The candidate's network, in evaluation mode."""
+        kept = self.units(candidate.ratios)
+        if stored := self.stored(candidate):
+            return self.traced.cut(self.traced.spread(self.dense, stored, kept), kept).eval()
+        model = self.rebuilt(candidate.parent, self.source(candidate.parent), candidate.recovery, kept)
+        if self.care.recalibrates(candidate.recovery):
+            recalibrate(model, self.care.read(candidate.fidelity))
+        if candidate.recovery == "short":
+            with seeded(self.care.seed):
+                finetune(
+                    model,
+                    self._train,
+                    shorter(self.care.short, candidate.fidelity, self._train),
+                    loss=self._loss,
+                    lr=self._lr,
+                    teacher=self._teacher,
+                )
+            self._keep(candidate, model)  # a lesser recovery is made again in a moment
+        return model
+
+    def rebuilt(
+        self,
+        parent: int | None,
+        source: nn.Module,
+        recovery: Recovery,
+        kept: Sequence[Labels],
+        *,
+        sharing: bool = False,
+    ) -> nn.Module:
+        """A parent's child, cut and refitted, its statistics not yet taken anew; sharing: as of TracedModel.cut.
+
+        Raises:
+            ValueError: a unit is to be kept that the parent has lost.
+        """
+        if parent is not None:
+            check_nested(self.traced.space, self.units(self.candidate(parent).ratios), kept)
+        model = self.traced.cut(source, kept, sharing=sharing).eval()
+        if self.care.reconstructs(recovery) and self.traced.narrows:
+            self._reconstruct(model, kept, source, parent)
+        return model
+
+    def source(self, parent: int | None) -> nn.Module:
+        """What a parent's children are cut from."""
+        return self.dense if parent is None else self.spread(parent)
+
+    def spread(self, parent: int) -> nn.Module:
+        """A network of the dense one's shape that computes what the parent's healed one does."""
+        earlier = self.candidate(parent)
+        tensors = self.stored(earlier)
+        if tensors is None:
+            made = self.healed(earlier)
+            self._keep(earlier, made)  # whatever its recovery: it is needed for every child
+            tensors = dict(tensors_of(made))
+        return self.traced.spread(self.dense, tensors, self.units(earlier.ratios)).eval()
+
+    def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
+        """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
+        kept, as a round's candidates have one parent."""
+        digest = None if parent is None else self.digest(self.candidate(parent))
+        if self._reconstruction is None or self._reconstruction[0] != digest:
+            self._reconstruction = None  # two at once would take twice the memory
+            made = Reconstruction(source, self.traced, self.care.batches, seed=self.care.seed)
+            self._reconstruction = digest, made
+        self._reconstruction[1].apply(model, kept)
+
+    # ------------------------------------------------------------------------------------------------------- parents
+
+    def candidate(self, number: int) -> Candidate:
+        """Raises ValueError if there is none of that number."""
+        if number not in self.known:
+            raise ValueError(f"parent {number} is not among the trials so far")
+        return self.known[number]
+
+    def parents(self, candidates: Iterable[Candidate]) -> dict[int, Candidate]:
+        """Those of these candidates that are known, by number."""
+        numbers = {candidate.parent for candidate in candidates}
+        return {number: self.known[number] for number in numbers if number is not None and number in self.known}
+
+    def stored(self, candidate: Candidate) -> Mapping[str, Tensor] | None:
+        """The tensors of its network, where they are kept."""
+        if self.networks is None:
+            return None
+        return self.networks.get(self.digest(candidate), {n: t.shape for n, t in tensors_of(self.dense)})
+
+    def _keep(self, candidate: Candidate, model: nn.Module) -> None:
+        if self.networks is not None:
+            self.networks.put(self.digest(candidate), model)
+
+    def retain(self, parents: Collection[int]) -> None:
+        """Forget networks: once a batch names its parents, only they and their children are likely to be asked for
+        again."""
+        if self.networks is None or not parents:
+            return
+        family = set()
+        for number, candidate in self.known.items():
+            if number in parents or candidate.parent in parents:
+                with suppress(ValueError):  # what is no candidate at all becomes a failed trial
+                    family.add(self.digest(candidate))
+        self.networks.retain(family)
