@@ -16,7 +16,7 @@ Letters: N samples, I inputs of a layer (channels x kernel positions), O outputs
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autoprune.borrowing import arguments, evaluating
+from autoprune.core import Slice
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
@@ -46,19 +47,9 @@ class Reconstruction:
 
     def __init__(self, model: nn.Module, traced: TracedModel, batches: Sequence[Any], *, seed: int = 0) -> None:
         self._traced = traced
-        readers = {piece.tensor for pieces in traced.slices for piece in pieces if piece.role == "in"}
-        self._weights = {n: p.detach() for n, p in model.named_parameters() if n in readers and _refits(model, n)}
-        self._grams = {name: _empty(weight) for name, weight in self._weights.items()}
-        others: set[str] = set()  # whose layers make something else of their weights
-        generator = torch.Generator().manual_seed(seed)
-        device = next((weight.device for weight in self._weights.values()), None)
-        with torch.no_grad(), evaluating(model), ExitStack() as hooks:
-            for name, gram in self._grams.items():
-                layer, left_out = model.get_submodule(name.rpartition(".")[0]), partial(others.add, name)
-                hooks.enter_context(_summing(layer, gram, generator, left_out))
-            for inputs, _ in batches:
-                model(*arguments(inputs, device))
-        self._weights = {name: weight for name, weight in self._weights.items() if name not in others}
+        seen = grams(model, traced.slices, batches, seed=seed)
+        self._weights = {name: weight for name, (weight, _) in seen.items()}
+        self._grams = {name: gram for name, (_, gram) in seen.items()}
 
     @torch.no_grad()
     def apply(self, smaller: nn.Module, kept: Sequence[Labels]) -> None:
@@ -73,6 +64,25 @@ class Reconstruction:
             dense = weight[torch.from_numpy(rows).to(weight.device)].flatten(1)
             found = solved(self._grams[name], dense, _spread(keeps, weight), _spread(np.unique(gone[1]), weight))
             parameters[name].copy_(found.view_as(parameters[name]))
+
+
+def grams(
+    model: nn.Module, groups: Sequence[Sequence[Slice]], batches: Iterable[Any], *, seed: int = 0
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight of each layer that reads units of these groups and can be refitted, and its Gram matrix G [I, I]."""
+    readers = {piece.tensor for pieces in groups for piece in pieces if piece.role == "in"}
+    weights = {n: p.detach() for n, p in model.named_parameters() if n in readers and _refits(model, n)}
+    found = {name: (weight, _empty(weight)) for name, weight in weights.items()}
+    others: set[str] = set()  # whose layers make something else of their weights
+    generator = torch.Generator().manual_seed(seed)
+    device = next((weight.device for weight in weights.values()), None)
+    with torch.no_grad(), evaluating(model), ExitStack() as hooks:
+        for name, (_, gram) in found.items():
+            layer, left_out = model.get_submodule(name.rpartition(".")[0]), partial(others.add, name)
+            hooks.enter_context(_summing(layer, gram, generator, left_out))
+        for inputs, _ in batches:
+            model(*arguments(inputs, device))
+    return {name: seen for name, seen in found.items() if name not in others}
 
 
 def solved(gram: Tensor, weight: Tensor, kept: Tensor, removed: Tensor) -> Tensor:
