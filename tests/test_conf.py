@@ -70,6 +70,14 @@ def test_the_papers_amc_differs_where_it_is_said_to() -> None:
     components.bind(papers, "strategy", (), (), {}, seed=0)(world.space, world.budgets, world.costs, seed=0)
 
 
+@pytest.mark.parametrize("name", components.names("criterion"))
+def test_every_criterion_yaml_has_all_settings_of_its_function_and_their_defaults(name: str) -> None:
+    values = components.spec("criterion", name)
+    signature = inspect.signature(components.locate(values.pop("_target_"), "criterion")).parameters
+    settings = {n: p.default for n, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+    assert values == {n: default for n, default in settings.items() if n not in ("batches", "loss", "seed")}
+
+
 @pytest.mark.parametrize("name", components.names("task"))
 def test_every_task_yaml_has_the_defaults_of_its_function(name: str) -> None:
     values = components.spec("task", name)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from autoprune import criteria
-from autoprune.core import Slice
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import ZOO
+
+from autoprune import components, criteria, reconstruct
+from autoprune.core import InputError, Slice
+from autoprune.keywords import unnamed
 from autoprune.space import trace
+from autoprune.traced import tensors_of
 
 LAYER = (Slice("0.weight", 0, "out", np.arange(3)[:, None]), Slice("2.weight", 1, "in", np.arange(3)[:, None]))
 
@@ -19,6 +26,21 @@ def network() -> nn.Sequential:
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, -2.0], [3.0, 4.0], [0.5, 0.0]]))  # type: ignore[operator]
         model[2].weight.copy_(torch.tensor([[1.0, 2.0, -1.0], [0.5, -1.0, 3.0]]))  # type: ignore[operator]
+    return model
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded_model(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = ZOO[name].build().eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias)
     return model
 
 
@@ -51,6 +73,8 @@ def test_bn_scale_is_gamma_and_l1_where_there_is_none() -> None:
     normed, plain = criteria.bn_scale(model, groups)
     assert np.allclose(normed, np.array([2, 1, 3]) / 2)
     assert np.allclose(plain, criteria.l1(model, groups)[1])
+    unscaled = criteria.bn_scale(model, groups, normalise="none")[1]
+    assert np.array_equal(unscaled, criteria.l1(model, groups, normalise="none")[1])
 
 
 def test_taylor_is_the_squared_gradient_times_weight_per_batch() -> None:
@@ -73,3 +97,164 @@ def test_random_depends_on_the_seed_alone() -> None:
     assert not np.array_equal(
         criteria.random(network(), [LAYER], seed=1)[0], criteria.random(network(), [LAYER], seed=2)[0]
     )
+
+
+# ------------------------------------------------------------------------------------------------- of all of them
+
+ALL = components.names("criterion")
+SEEING = ["taylor"]
+TOGETHER = [name for name in ALL if name != "random"]
+IMAGES = [(noise(6, 3, 16, 16, seed=n), torch.arange(6) % 3) for n in (0, 1)]
+
+
+def ranked(name: str, model: nn.Module, groups: criteria.Groups, batches: Any = IMAGES, **settings: Any) -> Any:
+    given: dict[str, Any] = {"batches": batches, "loss": F.cross_entropy, "seed": 0}
+    values = components.spec("criterion", name) | settings
+    return components.bind(values, "criterion", None, (), batches=(), loss=None, seed=0)(model, groups, **given)
+
+
+def opinions(name: str, model: nn.Module, pieces: Sequence[Slice]) -> list[tuple[Slice, ...]]:
+    """The parts of a group that a criterion takes for one layer each."""
+    makers = tuple(p for p in pieces if p.role == "out")
+    if name in ("apoz", "reconstruction"):
+        return [(*makers, p) for p in pieces if p.role == "in"]
+    layers = {p.tensor.rpartition(".")[0]: () for p in pieces if p.role != "in"}
+    found = [tuple(p for p in pieces if p.tensor.rpartition(".")[0] == layer and p.role != "in") for layer in layers]
+    normed = name in ("bn_scale", "taylor")
+    return [own for own in found if any(p.role == "out" for p in own) != normed]
+
+
+REDUCED: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda parts: sum(parts) / len(parts),
+    "max": lambda parts: np.array([max(own) for own in zip(*parts, strict=True)]),
+    "sum": sum,
+    "first": lambda parts: parts[0],
+}
+SCALED: dict[str, Callable[[Any], float]] = {
+    "mean": lambda part: float(sum(part) / len(part)),
+    "max": max,
+    "sum": sum,
+    "none": lambda part: 1.0,
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_reduce_and_normalise_change_coupled_layers_and_nothing_else(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reconstruct, "POSITIONS", 16 * 16)  # all: which ones are drawn depends on what else is ranked
+    model = seeded_model("resnet")
+    groups = trace(model, ZOO["resnet"].inputs(2)).slices
+    apart = [
+        [ranked(name, model, [own], reduce="first", normalise="none")[0] for own in opinions(name, model, pieces)]
+        for pieces in groups
+    ]
+    assert {len(parts) > 1 for parts in apart} == {True, False}
+    for normalise, scale in SCALED.items():
+        found = {reduce: ranked(name, model, groups, reduce=reduce, normalise=normalise) for reduce in REDUCED}
+        for g, parts in enumerate(apart):
+            for reduce, reduction in REDUCED.items():
+                wanted = reduction([part / scale(part) for part in parts])
+                assert np.allclose(found[reduce][g], wanted, rtol=1e-9, atol=0)
+            alike = all(np.array_equal(found[reduce][g], found["mean"][g]) for reduce in REDUCED)
+            assert alike == (len(parts) == 1)
+
+
+def test_taylor_of_all_layers_jointly_is_not_the_sum_of_each() -> None:
+    model = seeded_model("resnet")
+    groups = trace(model, ZOO["resnet"].inputs(2)).slices
+    joint, apart = ranked("taylor", model, groups), ranked("taylor", model, groups, reduce="sum")
+    same = [np.array_equal(a, b) for a, b in zip(joint, apart, strict=True)]
+    assert same == [len(opinions("taylor", model, pieces)) == 1 for pieces in groups]
+
+
+@pytest.mark.parametrize("network", ["resnet", "vgg", "mobilenetv2", "grouped", "unet"])
+def test_scores_follow_channels_that_are_reordered(network: str) -> None:
+    model, moved = seeded_model(network), seeded_model(network)
+    traced = trace(model, ZOO[network].inputs(2))
+    rng, tensors = np.random.default_rng(0), dict(tensors_of(moved))
+    orders = [rng.permutation(len(pieces[0].positions)) for pieces in traced.slices]
+    with torch.no_grad():
+        for order, pieces in zip(orders, traced.slices, strict=True):
+            for p in pieces:
+                index = np.arange(tensors[p.tensor].shape[p.dim])
+                index[p.positions] = p.positions[order]
+                tensors[p.tensor].copy_(tensors[p.tensor].index_select(p.dim, torch.from_numpy(index)))
+        assert torch.allclose(model(IMAGES[0][0]), moved(IMAGES[0][0]), atol=1e-4)
+    target = model(IMAGES[0][0]).shape[1:]
+    batches = [(x, noise(len(x), *target)) for x, _ in IMAGES]
+    for name in TOGETHER:
+        function = components.bind(components.spec("criterion", name), "criterion", None, (), batches=(), loss=None)
+        plain, after = (function(m, traced.slices, batches=batches, loss=F.mse_loss, seed=0) for m in (model, moved))
+        for order, a, b in zip(orders, plain, after, strict=True):
+            assert np.allclose(a[order], b, rtol=1e-3, atol=1e-5 * a.max()), name
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dead_channels_are_last_and_these_and_constant_images_have_finite_scores(name: str) -> None:
+    model = seeded_model("resnet")
+    groups = trace(model, ZOO["resnet"].inputs(2)).slices
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for p in (p for pieces in groups for p in pieces if p.role != "in" and p.tensor in parameters):
+            parameters[p.tensor][p.positions[0]] = 0
+    for images in ([x for x, _ in IMAGES], [torch.zeros(6, 3, 16, 16)], [torch.full((6, 3, 16, 16), 3.0)]):
+        scores = ranked(name, model, groups, [(x, torch.arange(6) % 3) for x in images])
+        assert all(np.isfinite(own).all() for own in scores)
+        assert name in ("random", "fpgm") or all(own[0] == own.min() for own in scores)
+
+
+class ByName(nn.Module):
+    """Called with two keyword arguments; its output is a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.head = nn.Linear(4, 6), nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.relu(self.left(x) + self.right(y)))}
+
+
+def weighted(output: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+    return (F.cross_entropy(output["logits"], target["label"], reduction="none") * target["weight"]).mean()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_batches_and_targets_may_be_dictionaries_and_the_loss_the_users_own(name: str) -> None:
+    torch.manual_seed(0)
+    given, example = ByName(), {"x": noise(2, 4), "y": noise(2, 5)}
+    targets = [{"label": torch.arange(8) % 3, "weight": noise(8, seed=n).abs()} for n in (0, 1)]
+    pairs = [(noise(8, 4, seed=n), noise(8, 5, seed=n + 2)) for n in (0, 1)]
+    by_name = [({"y": y, "x": x}, target) for (x, y), target in zip(pairs, targets, strict=True)]
+    model, inputs, (batches,) = unnamed(given, example, by_name)
+    groups = trace(model, inputs).slices
+    function = components.bind(components.spec("criterion", name), "criterion", None, (), batches=(), loss=None)
+    scores = function(model, groups, batches=batches, loss=weighted, seed=0)
+    tuples = list(zip(pairs, targets, strict=True))
+    plainly = function(given, groups, batches=tuples, loss=weighted, seed=0)
+    assert len(scores) == 1
+    assert np.array_equal(scores[0], plainly[0])
+    assert scores[0].std() > 0
+    tripled = function(model, groups, batches=batches, loss=lambda o, t: 3 * weighted(o, t), seed=0)
+    assert np.allclose(tripled[0], (9 if name in ("taylor", "hessian") else 1) * scores[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "says"),
+    [
+        ("taylor", {"reduce": "median"}, "criterion.reduce must be one of joint, mean, max, sum, first, got 'median'"),
+        *[(n, {"normalise": 3}, "criterion.normalise must be one of mean, max, sum, none, got '3'") for n in TOGETHER],
+        *[
+            (n, {"reduce": "median"}, "criterion.reduce must be one of mean, max, sum, first, got 'median'")
+            for n in TOGETHER
+            if n != "taylor"
+        ],
+        *[(n, {"redcue": "max"}, "redcue") for n in ALL],
+        *[(n, {"batches": []}, f"criterion={n} needs one training batch or more, got none: eval") for n in SEEING],
+    ],
+)
+def test_settings_that_are_none_are_refused(name: str, settings: dict[str, Any], says: str) -> None:
+    batches = settings.pop("batches", [(noise(5, 2), torch.arange(5) % 2)])
+    with pytest.raises(InputError) as refused:
+        ranked(name, network(), [LAYER], batches, **settings)
+    assert says in str(refused.value)

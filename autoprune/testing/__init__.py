@@ -9,7 +9,14 @@ Every contract ships with fakes that break one rule each; a contract that does n
 
 from __future__ import annotations
 
-from autoprune.testing.criteria import CriterionContract, by_position, moves_weights, nan_for_dead_units, one_too_few
+from autoprune.testing.criteria import (
+    CriterionContract,
+    by_position,
+    moves_weights,
+    nan_for_constant_inputs,
+    nan_for_dead_units,
+    one_too_few,
+)
 from autoprune.testing.meters import AlwaysTheSame, ForgetsTheUnit, MeterContract, TrainsWhileMeasuring
 from autoprune.testing.strategies import (
     AsksOutside,
@@ -44,6 +51,7 @@ __all__ = [
     "by_position",
     "leaking_task",
     "moves_weights",
+    "nan_for_constant_inputs",
     "nan_for_dead_units",
     "one_too_few",
     "restless_task",

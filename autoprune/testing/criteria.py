@@ -29,8 +29,9 @@ class CriterionContract:
     #: whether scores follow their unit when units are reordered; a random criterion's do not
     equivariant = True
 
-    def _scores(self, model: nn.Module) -> tuple[NDArray[np.float64], ...]:
-        batches = [(torch.randn(8, 4, generator=torch.Generator().manual_seed(i)), torch.arange(8) % 3) for i in (0, 1)]
+    def _scores(self, model: nn.Module, scale: float = 1.0) -> tuple[NDArray[np.float64], ...]:
+        noise = [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1)]
+        batches = [(scale * inputs, torch.arange(8) % 3) for inputs in noise]
         return self.make()(model, _GROUPS, batches=batches, loss=nn.functional.cross_entropy, seed=0)
 
     def test_one_finite_score_a_unit(self) -> None:
@@ -44,6 +45,9 @@ class CriterionContract:
             for parameter in model.parameters():
                 parameter.zero_()
         assert np.isfinite(self._scores(model)[0]).all()
+
+    def test_constant_inputs_are_finite_too(self) -> None:
+        assert np.isfinite(self._scores(two_layers(), scale=0.0)[0]).all()
 
     def test_same_twice_and_nothing_touched(self) -> None:
         model = two_layers()
@@ -96,6 +100,15 @@ def nan_for_dead_units(model: nn.Module, groups: Any, **_: Any) -> tuple[NDArray
     weight = dict(model.named_parameters())["0.weight"].detach().abs().sum(1).double().numpy()
     with np.errstate(invalid="ignore"):
         return (weight / weight.sum(),)
+
+
+def nan_for_constant_inputs(
+    model: nn.Module, groups: Any, *, batches: Any, **_: Any
+) -> tuple[NDArray[np.float64], ...]:
+    """Fake criterion: divides by how much the inputs vary."""
+    with torch.no_grad():
+        made = torch.cat([model.get_submodule("0")(inputs) for inputs, _ in batches])
+    return ((made.std(0) / torch.cat([inputs for inputs, _ in batches]).std()).double().numpy(),)
 
 
 def one_too_few(model: nn.Module, groups: Any, **_: Any) -> tuple[NDArray[np.float64], ...]:

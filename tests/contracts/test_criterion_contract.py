@@ -7,12 +7,21 @@ from typing import Any
 import pytest
 
 from autoprune import components
-from autoprune.testing import CriterionContract, by_position, moves_weights, nan_for_dead_units, one_too_few
+from autoprune.testing import (
+    CriterionContract,
+    by_position,
+    moves_weights,
+    nan_for_constant_inputs,
+    nan_for_dead_units,
+    one_too_few,
+)
 
 
 def contract(name: str) -> type[CriterionContract]:
-    function = components.locate(components.spec("criterion", name)["_target_"], "criterion")
-    members = {"make": lambda self: function, "equivariant": name != "random"}
+    criterion = components.bind(
+        components.spec("criterion", name), "criterion", None, (), batches=(), loss=None, seed=0
+    )
+    members = {"make": lambda self: criterion, "equivariant": name != "random"}
     return type(f"Test{name.title()}", (CriterionContract,), members)
 
 
@@ -24,6 +33,7 @@ for _name in components.names("criterion"):
     ("fake", "rule"),
     [
         (nan_for_dead_units, "test_dead_units_are_finite_too"),
+        (nan_for_constant_inputs, "test_constant_inputs_are_finite_too"),
         (one_too_few, "test_one_finite_score_a_unit"),
         (by_position, "test_scores_follow_their_units"),
         (moves_weights, "test_same_twice_and_nothing_touched"),
