@@ -235,6 +235,9 @@ def _prepared(
     traced = trace(task.model, task.inputs, space)
     progress.say(_summary(task, traced))
     check(traced)
+    with seeded(seed):
+        batches = first(task.train, scoring.recalibration)
+        scores = importance(traced, task.model, rank, batches=batches, loss=task.loss, seed=seed)
     prices = costs.priced(
         task,
         traced,
@@ -249,9 +252,6 @@ def _prepared(
         constants=constants,
         progress=progress,
     )
-    with seeded(seed):
-        batches = first(task.train, scoring.recalibration)
-        scores = importance(traced, task.model, rank, batches=batches, loss=task.loss, seed=seed)
     evaluator = Evaluator(
         task,
         prices.traced,
