@@ -4,7 +4,7 @@ Each takes (model, groups, batches, loss, seed) and returns one array [U] a grou
 holds the slices that each group owns. Scores are compared inside a group only. Where several layers speak of the same
 units (those that write to a residual stream), `reduce` and `normalise` say how their scores become one; see Together.
 
-Letters: U units of a group.
+Letters: U units of a group, F weights of one unit's filter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from autoprune.borrowing import arguments, evaluating
-from autoprune.core import FLAT, InputError, Slice
+from autoprune.core import FLAT, InputError, Slice, check_rules, is_number
 
 Scores = NDArray[np.float64]
 Groups = Sequence[Sequence[Slice]]
@@ -32,6 +32,7 @@ REDUCTIONS: dict[str, Callable[..., Any]] = {
     "first": lambda parts, axis: parts[axis],
 }
 SCALES: dict[str, Callable[..., Any]] = {"mean": np.mean, "max": np.max, "sum": np.sum, "none": lambda part: 1.0}
+PAIRS = 2**24  # distances that are held at once
 
 
 class Criterion(Protocol):
@@ -89,6 +90,59 @@ def l2(
     """Euclidean norm of the filter that makes the unit."""
     check_given(given)
     return _norm(model, groups, 2, Together(reduce, normalise))
+
+
+def lp(
+    model: nn.Module,
+    groups: Groups,
+    *,
+    p: float = 1.5,
+    reduce: str = "mean",
+    normalise: str = "mean",
+    **given: object,
+) -> tuple[Scores, ...]:
+    """(sum of |w|^p)^(1/p) over the filter that makes the unit: few large weights count the more the larger p is."""
+    check_given(given)
+    check_rules("criterion", {"p must be a number from 0.1 to 100": is_number(p) and 0.1 <= p <= 100}, {"p": p})
+
+    def norm(values: Tensor, piece: Slice) -> Scores:
+        magnitudes = np.abs(_filters(values, piece))
+        largest = max(float(magnitudes.max()), 1e-30)  # of powers of what is at most 1 none overflows
+        return np.asarray(largest * np.sum((magnitudes / largest) ** p, axis=1) ** (1 / p), dtype=np.float64)
+
+    return _by_filters(model, groups, norm, Together(reduce, normalise))
+
+
+def fpgm(
+    model: nn.Module, groups: Groups, *, reduce: str = "mean", normalise: str = "mean", **given: object
+) -> tuple[Scores, ...]:
+    """Sum of the distances from the unit's filter to all others of its layer (He et al., CVPR 2019, arXiv 1811.00250).
+
+    The filter with the least is nearest to the geometric median, and others can stand for it best.
+    """
+    check_given(given)
+    return _by_filters(
+        model, groups, lambda values, piece: _distances(_filters(values, piece)), Together(reduce, normalise)
+    )
+
+
+def lamp(
+    model: nn.Module, groups: Groups, *, reduce: str = "mean", normalise: str = "mean", **given: object
+) -> tuple[Scores, ...]:
+    """Squared norm of the unit's filter over the sum of those, of its layer, that are not smaller.
+
+    Lee et al., ICLR 2021, arXiv 2010.07611, whose score is of single weights; of equal ones, which they take in turn,
+    each counts all. In one layer the order is that of l2: what differs is how coupled layers are weighed.
+    """
+    check_given(given)
+
+    def score(values: Tensor, piece: Slice) -> Scores:
+        squares = per_unit(values.double().square(), piece)
+        ascending = np.sort(squares)
+        not_smaller = np.cumsum(ascending[::-1])[::-1][np.searchsorted(ascending, squares)]
+        return np.asarray(squares / np.maximum(not_smaller, 1e-300), dtype=np.float64)
+
+    return _by_filters(model, groups, score, Together(reduce, normalise))
 
 
 def bn_scale(
@@ -179,6 +233,31 @@ def _by_filters(
     return tuple(
         together([score(tensors[p.tensor].detach(), p) for p in pieces if p.role == "out"]) for pieces in groups
     )
+
+
+def _filters(values: Tensor, piece: Slice) -> Scores:
+    """What each unit owns of a tensor, [U, F]."""
+    dim = 0 if piece.dim == FLAT else piece.dim
+    rows = (values.flatten() if piece.dim == FLAT else values).movedim(dim, 0)
+    found: Scores = rows.reshape(len(rows), -1).double().cpu().numpy()[piece.positions]
+    return found.reshape(len(found), -1)
+
+
+def _distances(rows: Scores) -> Scores:
+    """Sum of the Euclidean distances from each row [U, F] to all others, [U]."""
+    if rows.shape[1] == 1:  # single weights, of which there may be millions
+        order = np.argsort(rows[:, 0], kind="stable")
+        ascending, found = rows[order, 0], np.empty(len(rows))
+        below, rank = np.cumsum(ascending) - ascending, np.arange(len(rows))
+        found[order] = ascending * (2 * rank - len(rows)) + ascending.sum() - 2 * below
+        return np.maximum(found, 0)
+    squares = np.square(rows).sum(1)
+    at_once = max(PAIRS // len(rows), 1)
+    parts = [
+        np.sqrt(np.maximum(squares[i : i + at_once, None] + squares - 2 * rows[i : i + at_once] @ rows.T, 0)).sum(1)
+        for i in range(0, len(rows), at_once)
+    ]
+    return np.concatenate(parts)
 
 
 def per_unit(values: Tensor, piece: Slice) -> Scores:

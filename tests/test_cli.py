@@ -58,6 +58,7 @@ def needs(depth): return depth
         ),
         ("search task=imagenet", "Available options in 'task'"),
         ("search criterion=l3", "Available options in 'criterion'"),
+        ("search criterion=lp criterion.p=much", "criterion.p must be a number, got 'much'"),
         (
             "search +criterion.redcue=max task._target_=tiny.make_task budget=flops_50pct",
             "criterion has no setting 'redcue'",

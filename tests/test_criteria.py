@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from zoo import ZOO
 
 from autoprune import components, criteria, reconstruct
-from autoprune.core import InputError, Slice
+from autoprune.core import FLAT, InputError, Slice
 from autoprune.keywords import unnamed
 from autoprune.space import trace
 from autoprune.traced import tensors_of
@@ -42,6 +42,12 @@ def seeded_model(name: str) -> nn.Module:
                 nn.init.uniform_(module.weight, 0.5, 1.5)
                 nn.init.normal_(module.bias)
     return model
+
+
+def filters(model: nn.Module, piece: Slice) -> list[Any]:
+    """The weights of each unit, one by one."""
+    weight = model.get_parameter(piece.tensor).detach().double().numpy()
+    return [np.concatenate([np.take(weight, i, axis=piece.dim).ravel() for i in own]) for own in piece.positions]
 
 
 def test_l1_and_l2_are_the_norms_of_the_filters_over_their_mean() -> None:
@@ -88,6 +94,65 @@ def test_taylor_is_the_squared_gradient_times_weight_per_batch() -> None:
         assert gate.grad is not None
         expected += gate.grad.numpy() ** 2
     assert np.allclose(scores, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet", "grouped", "unet"])
+def test_lp_fpgm_and_lamp_are_what_loops_over_the_filters_give(name: str) -> None:
+    model = seeded_model(name)
+    for pieces in trace(model, ZOO[name].inputs(2)).slices:
+        wanted: dict[str, list[Any]] = {"lp": [], "fpgm": [], "lamp": []}
+        for own in (filters(model, piece) for piece in pieces if piece.role == "out"):
+            squares = [float((f * f).sum()) for f in own]
+            wanted["lp"].append([sum(abs(w) ** 3 for w in f) ** (1 / 3) for f in own])
+            wanted["fpgm"].append([sum(np.linalg.norm(f - g) for g in own) for f in own])
+            wanted["lamp"].append([s / sum(t for t in squares if t >= s) for s in squares])
+        found = {
+            "lp": criteria.lp(model, [pieces], p=3.0),
+            "fpgm": criteria.fpgm(model, [pieces]),
+            "lamp": criteria.lamp(model, [pieces]),
+        }
+        for criterion, layers in wanted.items():
+            mean = np.mean([np.array(layer) / np.mean(layer) for layer in layers], axis=0)
+            assert np.allclose(found[criterion][0], mean, rtol=1e-5), criterion
+
+
+def test_lp_of_one_and_two_are_l1_and_l2_and_no_p_overflows() -> None:
+    assert np.allclose(criteria.lp(network(), [LAYER], p=1)[0], criteria.l1(network(), [LAYER])[0])
+    assert np.allclose(criteria.lp(network(), [LAYER], p=2)[0], criteria.l2(network(), [LAYER])[0])
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(1e30)
+    (found,) = criteria.lp(model, [LAYER], p=100, normalise="max")
+    assert np.allclose(found, np.array([2, 4, 0.5]) / 4, rtol=0.01)  # nearly the largest weight of each
+    assert np.isfinite(criteria.lp(model, [LAYER], p=0.1)[0]).all()
+
+
+def test_fpgm_in_parts_and_of_single_weights_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    (whole,) = criteria.fpgm(model, [LAYER])
+    monkeypatch.setattr(criteria, "PAIRS", 4)
+    assert np.array_equal(criteria.fpgm(model, [LAYER])[0], whole)
+    single = Slice("0.weight", FLAT, "out", np.arange(6)[:, None])
+    values = [1.0, -2.0, 3.0, 4.0, 0.5, 0.0]
+    sums = [sum(abs(v - w) for w in values) for v in values]
+    assert np.allclose(criteria.fpgm(model, [(single,)], normalise="none")[0], sums)
+
+
+def test_a_filter_that_others_can_stand_for_goes_first_by_fpgm_whatever_its_norm() -> None:
+    model = nn.Sequential(nn.Linear(2, 4, bias=False))
+    with torch.no_grad():
+        model.get_parameter("0.weight").copy_(torch.tensor([[9.0, 9.0], [8.0, 9.0], [10.0, 9.0], [0.1, 0.0]]))
+    piece = Slice("0.weight", 0, "out", np.arange(4)[:, None])
+    assert criteria.fpgm(model, [(piece,)])[0].argmin() == 0
+    assert criteria.l2(model, [(piece,)])[0].argmin() == 3
+
+
+def test_equal_filters_have_equal_lamp() -> None:
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("0.weight").copy_(torch.tensor([[1.0, 1.0], [1.0, -1.0], [2.0, 0.0]]))
+    (found,) = criteria.lamp(model, [LAYER], normalise="none")
+    assert np.allclose(found, [2 / 8, 2 / 8, 1])
 
 
 def test_random_depends_on_the_seed_alone() -> None:
@@ -242,6 +307,8 @@ def test_batches_and_targets_may_be_dictionaries_and_the_loss_the_users_own(name
 @pytest.mark.parametrize(
     ("name", "settings", "says"),
     [
+        ("lp", {"p": 0}, "criterion: p must be a number from 0.1 to 100, got p=0"),
+        ("lp", {"p": "much"}, "criterion: p must be a number from 0.1 to 100, got p=much"),
         ("taylor", {"reduce": "median"}, "criterion.reduce must be one of joint, mean, max, sum, first, got 'median'"),
         *[(n, {"normalise": 3}, "criterion.normalise must be one of mean, max, sum, none, got '3'") for n in TOGETHER],
         *[
