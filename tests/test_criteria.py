@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import ZOO
 
-from autoprune import components, criteria, reconstruct
+from autoprune import components, criteria, curvature, reconstruct
 from autoprune.core import FLAT, InputError, Slice
 from autoprune.keywords import unnamed
 from autoprune.space import trace
@@ -155,6 +155,46 @@ def test_equal_filters_have_equal_lamp() -> None:
     assert np.allclose(found, [2 / 8, 2 / 8, 1])
 
 
+def test_hessian_is_half_the_mean_squared_gradient_times_the_squared_weight() -> None:
+    """In closed form for a linear layer and half the squared error: the gradient of w_ij is (y_i - t_i) x_j."""
+    model = nn.Sequential(nn.Linear(2, 3))
+    pieces = (Slice("0.weight", 0, "out", np.arange(3)[:, None]), Slice("0.bias", 0, "with", np.arange(3)[:, None]))
+    x, t = noise(10, 2), noise(10, 3, seed=1)
+    weight, bias = (p.detach().numpy() for p in model.parameters())
+    error = x.numpy() @ weight.T + bias - t.numpy()
+    wanted = ((error[:, :, None] * x.numpy()[:, None, :]) ** 2).mean(0) * weight**2 / 2
+    total = wanted.sum(1) + (error**2).mean(0) * bias**2 / 2
+
+    def halved(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum() / (2 * len(output))
+
+    def scores(batches: Iterable[Any], **settings: Any) -> Any:
+        return curvature.hessian(model, [pieces], batches=batches, loss=halved, **settings)[0]
+
+    assert np.allclose(scores([(x, t)]), total, rtol=1e-4)
+    assert np.allclose(scores([(x[:3], t[:3]), (x[3:], t[3:])]), total, rtol=1e-4)
+    assert np.allclose(scores([(x, t)], examples=4), scores([(x[:4], t[:4])]))
+    assert not np.allclose(scores([(x, t)], examples=4), total, rtol=1e-2)
+
+
+def test_hessian_of_a_network_is_what_per_sample_gradients_give() -> None:
+    model = seeded_model("resnet")
+    traced = trace(model, ZOO["resnet"].inputs(2))
+    x, y = noise(6, 3, 16, 16), torch.arange(6) % 3
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def one(values: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, values, (image[None],))
+        return F.cross_entropy(output, label[None])
+
+    each = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, x, y)
+    found = curvature.hessian(model, traced.slices, batches=[(x, y)], loss=F.cross_entropy)
+    for scores, pieces in zip(found, traced.slices, strict=True):
+        made = [p.tensor for p in pieces if p.role == "out"]
+        wanted = sum((each[name].square().mean(0) * parameters[name].square() / 2).flatten(1).sum(1) for name in made)
+        assert np.allclose(scores, wanted.numpy(), rtol=1e-3)
+
+
 def test_random_depends_on_the_seed_alone() -> None:
     assert np.array_equal(
         criteria.random(network(), [LAYER], seed=1)[0], criteria.random(network(), [LAYER], seed=1)[0]
@@ -167,7 +207,7 @@ def test_random_depends_on_the_seed_alone() -> None:
 # ------------------------------------------------------------------------------------------------- of all of them
 
 ALL = components.names("criterion")
-SEEING = ["taylor"]
+SEEING = ["taylor", "hessian"]
 TOGETHER = [name for name in ALL if name != "random"]
 IMAGES = [(noise(6, 3, 16, 16, seed=n), torch.arange(6) % 3) for n in (0, 1)]
 
@@ -309,6 +349,7 @@ def test_batches_and_targets_may_be_dictionaries_and_the_loss_the_users_own(name
     [
         ("lp", {"p": 0}, "criterion: p must be a number from 0.1 to 100, got p=0"),
         ("lp", {"p": "much"}, "criterion: p must be a number from 0.1 to 100, got p=much"),
+        ("hessian", {"examples": 0}, "criterion: examples must be a whole number of 1 or more, got examples=0"),
         ("taylor", {"reduce": "median"}, "criterion.reduce must be one of joint, mean, max, sum, first, got 'median'"),
         *[(n, {"normalise": 3}, "criterion.normalise must be one of mean, max, sum, none, got '3'") for n in TOGETHER],
         *[
@@ -325,3 +366,9 @@ def test_settings_that_are_none_are_refused(name: str, settings: dict[str, Any],
     with pytest.raises(InputError) as refused:
         ranked(name, network(), [LAYER], batches, **settings)
     assert says in str(refused.value)
+
+
+def test_hessian_refuses_batches_that_cannot_be_taken_apart() -> None:
+    boxes = noise(7, 4)
+    with pytest.raises(InputError, match=r"batch of 5 must have 5 rows, got one of shape \(7, 4\); criterion=taylor"):
+        ranked("hessian", network(), [LAYER], [(noise(5, 2), {"boxes": boxes})])

@@ -21,6 +21,7 @@ LAYERS = [
         "finalists",
         "pruning_env",
         "reconstruct",
+        "curvature",
         "dependence",
         "race",
         "reuse",
