@@ -3,7 +3,7 @@
 Each takes (model, groups, batches, loss, seed) and returns one array [U] a group, higher is more important; groups
 holds the slices that each group owns. Scores are compared inside a group only. Where several layers speak of the same
 units (those that write to a residual stream), `reduce` and `normalise` say how their scores become one; see Together.
-`hessian` is in curvature.py.
+`hessian` is in curvature.py, and those that look at what layers read in activations.py.
 
 Letters: U units of a group, F weights of one unit's filter.
 """

@@ -67,6 +67,10 @@ def needs(depth): return depth
             "search criterion.reduce=median budget=latency_20ms task._target_=tiny.make_task profile.folder=a_file",
             "criterion.reduce must be one of mean, max, sum, first, got 'median'",
         ),
+        (
+            "search criterion=apoz evaluator.recalibration=0 task._target_=tiny.make_task budget=flops_50pct",
+            "criterion=apoz needs one training batch or more, got none",
+        ),
         ("search budget=latency_20", "budget 'latency_20': the unit is missing"),
         ("search budget=latency_-5ms", "must be above 0, got -5"),
         ("search budget=flops_150pct", "at most 100, got 150"),

@@ -207,7 +207,7 @@ def test_random_depends_on_the_seed_alone() -> None:
 # ------------------------------------------------------------------------------------------------- of all of them
 
 ALL = components.names("criterion")
-SEEING = ["taylor", "hessian"]
+SEEING = ["taylor", "hessian", "apoz", "reconstruction"]
 TOGETHER = [name for name in ALL if name != "random"]
 IMAGES = [(noise(6, 3, 16, 16, seed=n), torch.arange(6) % 3) for n in (0, 1)]
 

@@ -26,7 +26,7 @@ LAYERS = [
         "race",
         "reuse",
     },
-    {"tracing", "blocks", "probe", "proof", "agent"},
+    {"tracing", "blocks", "probe", "proof", "agent", "activations"},
     {"masks"},
     {"space"},
     {"lease", "lineage", "prune", "recover", "scores", "storage", "strategies", "tasks"},
