@@ -4,7 +4,7 @@ Forty candidates of the shipped ResNet-20 (Fashion-MNIST), healed and scored on 
 in an SQLite study: in one process, over one worker and over two, in turns in one run, one thread each. Overhead is what
 is not inside of the candidates' own forward passes, as a share of the seconds of all workers; starting them, which a
 search does once, stands beside it. Memory is what the coordinating process takes at most, above a process that has
-imported torch. Rows go to results/workers.json.
+imported torch: the packages, the task's own data and model, and all. Rows go to results/workers.json.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 FILE = Path(__file__).parent / "results" / "workers.json"
 COUNT = 42
 MEMORY = """
+import json
 import sys
 import torch
 from pathlib import Path
@@ -29,11 +30,16 @@ def peak():  # getrusage's would be that of the process that started this one, w
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1])
 before = peak()
+import autoprune
+from autoprune.tasks.fashion_mnist_resnet20 import make_task
+imports = peak()
+make_task(data="shipped")
+task = peak()
 sys.path.insert(0, {here!r})
 from workers import over, setting
 from autoprune.workers import Local
 over(setting(), Local(count=2), 8)
-print(round((peak() - before) / 1024))
+print(json.dumps({{"packages": imports - before, "task": task - imports, "all": peak() - before}}))
 """
 
 
@@ -105,7 +111,7 @@ def main() -> None:
     rows = {
         **best,
         "speed_up": best["one worker"]["seconds"] / best["two workers"]["seconds"],
-        "coordinator_mb": int(said),
+        "coordinator_mb": {part: round(kb / 1024) for part, kb in json.loads(said).items()},
     }
     print({"speed_up": rows["speed_up"], "coordinator_mb": rows["coordinator_mb"]})
     FILE.parent.mkdir(exist_ok=True)
