@@ -111,7 +111,7 @@ def main() -> None:
     costs = counted_models(task, traced, counted(task.model, task.inputs))
     macs = costs["macs"].predict(traced.space.dense())
     bound = Bound(traced.space, (Budget("macs", macs / 2, "MACs"),), costs)
-    rows: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
+    FILE.parent.mkdir(exist_ok=True)
     for kind in sys.argv[1:] or ("mixed", "ties"):
         ours = evaluator(task, traced)
         began = time.process_time()
@@ -126,15 +126,12 @@ def main() -> None:
             row = raced_on(ours, list(scores), scores)
             found.append(row | {"seconds": round(row["seconds"] / whole, 4)})
             print(kind, seed, found[-1], flush=True)
-        means = {
-            key: round(float(np.mean([row[key] for row in found])), 4)
-            for key in ("images", "regret, points", "seconds")
-        }
+            keys = ("images", "regret, points", "seconds")
+            means = {key: round(float(np.mean([row[key] for row in found])), 4) for key in keys}
+            rows = json.loads(FILE.read_text()) if FILE.exists() else {}
+            rows[kind] = {"points between best and worst": spread, "mean": means, "drawings": found}
+            FILE.write_text(json.dumps(rows, indent=1) + "\n")
         print(kind, means)
-        rows = json.loads(FILE.read_text()) if FILE.exists() else {}
-        rows[kind] = {"points between best and worst": spread, "mean": means, "drawings": found}
-        FILE.parent.mkdir(exist_ok=True)
-        FILE.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
