@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from autoprune.dispatch import Watching
 from autoprune.handing import Positions
 from autoprune.slice_rules import Axes, passed
 from autoprune.traced import TracedModel, owner, tensors_of
@@ -188,7 +188,7 @@ def _groups_of(axes: Iterable[Labels]) -> int:
     return bits
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watching):
     def __init__(self, cutting: Mapping[str, int], owned: Mapping[str, Axes], model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cutting = cutting

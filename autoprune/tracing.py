@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoprune import label_contractions as contractions
 from autoprune import label_rules as rules
+from autoprune.dispatch import Watching
 from autoprune.label_recurrent import follow, is_recurrent
 from autoprune.recording import Place, Recording, counted, tensors
 
@@ -139,7 +139,7 @@ def _followed(recording: Recording) -> Callable[..., None]:
     return leave
 
 
-class _Tracer(TorchDispatchMode):
+class _Tracer(Watching):
     """Sees every ATen operation, lets it run, and finds the rule for its labels."""
 
     def __init__(self, recording: Recording) -> None:

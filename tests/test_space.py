@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -324,3 +326,20 @@ def test_weights_stored_input_first_have_the_right_roles() -> None:
 
     (group,) = trace(InputFirst(), (torch.randn(2, 6),)).slices
     assert {(p.tensor, p.dim, p.role) for p in group} == {("w1", 1, "out"), ("w2", 0, "in")}
+
+
+def test_torchs_compiler_stays_out() -> None:
+    """It takes two seconds to import and 95 MB, and torch would import it for any mode that sees operations."""
+    code = """
+import sys
+from test_space import built
+from zoo import ZOO
+from autoprune.meters.counts import activation_bytes
+from autoprune.space import trace
+model, inputs = built("resnet"), ZOO["resnet"].inputs(2)
+trace(model, inputs)
+activation_bytes(model, inputs)
+assert "torch._dynamo" not in sys.modules
+assert "sympy" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments, evaluating, seeded
 from autoprune.core import Measurement
+from autoprune.dispatch import Watching
 
 
 def _attention(inputs: list[Any], outputs: list[Any]) -> float:
@@ -122,7 +122,7 @@ def activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> LiveBytes:
     return live
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(Watching):
     """Bytes of the storages made by operations: `now` alive, the largest sum seen (`peak`), and of all (`total`). Of a
     recurrent module what it returns, as of one operation."""
 
