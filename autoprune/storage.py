@@ -121,24 +121,24 @@ def open_storage(storage: str | None) -> optuna.storages.BaseStorage:
 
 
 def patiently(storage: str | None, call: Callable[[], Given], progress: Progress) -> Given:
-    """What the call gives: made again, with growing pauses, as long as the storage is out of reach.
+    """What the call gives, which Ctrl-C does not break into: made again, with growing pauses, as long as the storage is
+    out of reach.
 
     Raises:
         StorageError: it stayed so for PATIENCE_S, or failed in another way.
     """
     try:
-        return waiting(storage, call, progress)
+        return waiting(storage, unbroken()(call), progress)
     except (SQLAlchemyError, optuna.exceptions.OptunaError, OSError) as error:
         raise StorageError(f"the study's storage {shown(storage)} failed: {_first_line(error)}") from error
 
 
 def waiting(storage: str | None, call: Callable[[], Given], progress: Progress) -> Given:
-    """As `patiently`, other failures being raised as they are."""
+    """As `patiently`, but that Ctrl-C breaks into it, and other failures are raised as they are."""
     began, pause = None, 1.0
     while True:
         try:
-            with unbroken():
-                given = call()
+            given = call()
         except UnreachableError as error:
             if began is None:
                 began = time.monotonic()

@@ -97,8 +97,8 @@ class Study:
     def _hold(self) -> None:
         if isinstance(self._opened, optuna.storages.RDBStorage):
             lease = Lease(self._opened.engine, self._id, f"'{self.name}' in {shown(self.storage)}")
+            self._lease = lease  # whatever comes of it, it is let go
             self._at_first(partial(lease.take, self._progress.say))
-            self._lease = lease
 
     def _check(self, fingerprint: Mapping[str, Any]) -> bool:
         """Whether the study has this fingerprint already. Raises InputError where it has another."""

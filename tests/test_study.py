@@ -146,6 +146,20 @@ def test_ctrl_c_waits_for_a_trial_to_be_written(url: str, monkeypatch: pytest.Mo
     assert signal.getsignal(signal.SIGINT) == pressed
 
 
+def test_ctrl_c_while_a_study_is_opened_lets_it_go(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Lease.take
+
+    def pressing(self: Lease, say: Any) -> None:
+        plain(self, say)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Lease, "take", pressing)
+    with pytest.raises(KeyboardInterrupt):
+        study_of(url)
+    monkeypatch.undo()
+    study_of(url).close()
+
+
 def test_the_second_ctrl_c_does_not_wait() -> None:
     def pressing() -> None:
         with storage.unbroken():
