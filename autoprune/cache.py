@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from autoprune.writing import whole
 
 LOG = logging.getLogger("autoprune")
 FILES = 50_000  # of one or two KB, in a folder
+SCORE = re.compile(r"[0-9a-f]{32}\.json")  # what else lies there is not ours to delete
 
 
 def trim(folder: Path, files: int = FILES) -> None:
@@ -30,7 +32,7 @@ def trim(folder: Path, files: int = FILES) -> None:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(OSError):  # another search forgot it
-                if entry.name.endswith(".json"):
+                if SCORE.fullmatch(entry.name):
                     found.append((entry.stat().st_mtime, entry.path))
     if len(found) > files:
         for _, path in sorted(found)[: len(found) - files + files // 10]:

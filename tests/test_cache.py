@@ -13,7 +13,7 @@ SCORED = Scored(score=0.5, scores=(0.4, 0.6), losses=(1.0, 2.0), sizes=(1.0, 1.0
 
 def _filled(folder: Path, count: int) -> list[Path]:
     """Files, the first of which were used longest ago."""
-    paths = [folder / f"{i}.json" for i in range(count)]
+    paths = [folder / f"{i:032x}.json" for i in range(count)]
     for i, path in enumerate(paths):
         write_cached(path, SCORED)
         os.utime(path, (1000 + i, 1000 + i))
@@ -38,8 +38,9 @@ def test_few_are_all_kept(tmp_path: Path) -> None:
 
 def test_no_file_is_touched_that_is_no_score(tmp_path: Path) -> None:
     _filled(tmp_path, 5)
-    other = tmp_path / "other.txt"
-    other.write_text("not ours")
-    os.utime(other, (1, 1))
+    others = [tmp_path / "annotations.json", tmp_path / f"{7:016x}.json"]
+    for other in others:
+        other.write_text("not ours")
+        os.utime(other, (1, 1))
     trim(tmp_path, 2)
-    assert other.exists()
+    assert all(other.exists() for other in others)
