@@ -259,12 +259,12 @@ class Measurement:
 class Trial:
     """A candidate and what became of it.
 
-    score is the task's metric on the search split, higher is better; loss the task's loss on the same images, lower
-    is better. The intervals (95 %) are of the images drawn; `loss_change` is the paired difference from the dense
-    model on the same images, much narrower than either loss. parts [K]: what each part of the images adds to score and
-    to loss, to six digits; trials of one fidelity have the same parts, of which two in a row are alike. costs: as
-    predicted, or counted and measured where the candidate asked for it; `predicted` then holds what had been expected.
-    feasible: None while a budgeted cost is only predicted or its measurement was disturbed.
+    score is the task's metric on the search split, higher is better; loss the task's loss on the same images, lower is
+    better. The intervals (95 %) are of the images drawn; `loss_change` is the paired difference from the dense model on
+    the same images, much narrower than either loss. parts [K]: what each part of the images adds to score and to loss,
+    to six digits, empty where a part has no score; trials of one fidelity have the same parts, of which two in a row
+    are alike. costs: as predicted, or counted and measured where the candidate asked for it; `predicted` then holds
+    what had been expected. feasible: None while a budgeted cost is only predicted or its measurement was disturbed.
     """
 
     number: int

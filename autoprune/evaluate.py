@@ -395,8 +395,8 @@ class Evaluator:
         change = np.subtract(scored.losses, self.dense(candidate.fidelity).losses)
         difference = float(np.average(change, weights=scored.sizes))
         change_low, change_high = sample.interval(change)
-        shares = np.divide(scored.sizes, sum(scored.sizes))
-        parts = zip(shares * scored.scores, shares * scored.losses, strict=True)
+        parts = np.divide([scored.scores, scored.losses], sum(scored.sizes)) * scored.sizes
+        known = bool(np.isfinite(parts).all())  # a metric may not be defined on a part
         trial = Trial(
             number=0,
             candidate=candidate,
@@ -413,7 +413,7 @@ class Evaluator:
                 kind="measured",
                 notes=("paired with the dense model",),
             ),
-            parts=tuple((float(f"{score:.6g}"), float(f"{loss:.6g}")) for score, loss in parts),
+            parts=tuple((float(f"{score:.6g}"), float(f"{loss:.6g}")) for score, loss in parts.T) if known else (),
             seconds_in_forward=0.0 if cached else scored.seconds_in_forward,
             cached=cached,
         )

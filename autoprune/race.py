@@ -34,10 +34,11 @@ DRAWS = 1000
 def raced(
     candidates: Sequence[Candidate], *, keep: int, by: By = "loss", error: float = 0.05, seed: int = 0
 ) -> Generator[list[Candidate], Sequence[Trial], list[Trial]]:
-    """The last trial of each candidate [M]: of full fidelity those of the best, `keep` of them at least.
+    """The last trial of each candidate [M]: of full fidelity those of the best, `keep` of them unless more fail.
 
     by: what they are compared by; losses tell networks apart that answer alike. error: in (0, 1), how likely the best
-    is dropped at a rung; 0 scores all on all images.
+    by that is dropped at a rung for what its images say; more may be dropped where more are left than a rung takes. 0
+    scores all on all images.
     """
     last: dict[int, Trial] = {}
     racing = list(range(len(candidates)))
@@ -45,9 +46,8 @@ def raced(
         racing = racing[: max(keep, math.ceil(share * len(candidates)))]
         trials = yield [replace(candidates[i], fidelity=fidelity) for i in racing]
         last |= zip(racing, trials, strict=True)
-        racing = _ahead({i: t for i, t in zip(racing, trials, strict=True) if t.error is None}, keep, by, error, seed)
-        if not racing:
-            break
+        whole = {i: t for i, t in zip(racing, trials, strict=True) if t.error is None}
+        racing = _ahead(whole, keep, by, error, seed) or racing  # all may fail for the images being few
     return [last[i] for i in range(len(candidates))]
 
 

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from autoprune.borrowing import arguments, precision, to_device
 from autoprune.core import InputError, Task
@@ -33,6 +33,7 @@ LOG = logging.getLogger("autoprune")
 CHUNKS = 20
 STRATUM = 20  # images drawn of each stratum, fewer of
 STRATA = 10  # as many strata at least
+LEAST = 4  # two in each half: some metrics are not defined on one image
 EVEN = 0.3  # of the mean loss, added to each image's: a deep cut makes certain images lose too
 
 
@@ -129,11 +130,21 @@ class Tally:
 
 
 def answer(model: nn.Module, given: tuple[Any, ...], name: str, device: torch.device) -> Any:
-    """What the network gives, computed in this precision; floats are float32 at least."""
+    """What the network gives, computed in this precision; floats are float32 at least.
+
+    Raises:
+        InputError: it gives something that these cannot be found in.
+    """
     if name == "float32":
         return model(*given)
     with precision(name, device):
         output = model(*given)
+    for leaf in tree_leaves(output):
+        if not isinstance(leaf, Tensor | int | float | str | None):
+            raise InputError(
+                f"evaluator.precision={name} takes outputs in tuples, lists and mappings, and the model gives a "
+                f"{type(leaf).__name__}: evaluator.precision=float32 takes any"
+            )
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x, output)
 
 
@@ -181,7 +192,7 @@ def drawn(chunks: Sequence[Any], losses: NDArray[np.float64], images: int, seed:
     """Some `images` of chunks that hold 2 x STRATUM at least, about as many of each of the strata, which have equal
     sums of the dense network's loss by image [N]."""
     key = np.maximum(losses, 0) + EVEN * np.abs(losses).mean() + 1e-12
-    size = min(STRATUM, max(2, images // (2 * STRATA) * 2))
+    size = min(STRATUM, max(LEAST, images // (2 * STRATA) * 2))
     strata = _strata(key, max(images // size, 1), size)
     rng = np.random.default_rng(seed)
     chosen, weights = [], []
@@ -207,7 +218,7 @@ def _strata(key: NDArray[np.float64], count: int, least: int) -> list[NDArray[np
     for more in range(count, 0, -1):
         sums = np.cumsum(key[left])
         size = len(left) if more == 1 else max(least, int(np.searchsorted(sums, sums[-1] / more)) + 1)
-        if len(left) - size < 2:  # a stratum has two halves
+        if len(left) - size < LEAST:
             size = len(left)
         strata.append(left[:size])
         left = left[size:]

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,18 @@ from autoprune.evaluate import Evaluator, Scoring
 from autoprune.healer import Healer
 from autoprune.meters.counts import Macs
 from autoprune.recover import HEALING, FineTune
-from autoprune.scores import CHUNKS, Sample, drawn, interval, losses_by_image, score, stratified, subset
+from autoprune.scores import (
+    CHUNKS,
+    Sample,
+    Scored,
+    answer,
+    drawn,
+    interval,
+    losses_by_image,
+    score,
+    stratified,
+    subset,
+)
 from autoprune.space import Space, trace
 
 
@@ -268,6 +280,49 @@ def test_scores_in_bfloat16_are_nearly_those_in_float32(shared: bool) -> None:
     assert rough.identity != exact.identity
     assert rough.shared == pytest.approx(exact.shared, abs=0.01)
     assert (rough.shared > 0.2) == shared
+
+
+def test_outputs_that_cannot_be_made_float32_again_are_refused() -> None:
+    @dataclass
+    class Out:
+        logits: torch.Tensor
+
+    class Wrapping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return Out(super().forward(x))
+
+    with pytest.raises(InputError, match="precision=bfloat16 takes outputs in tuples, lists and mappings"):
+        answer(Wrapping(2, 2), (torch.zeros(1, 2),), "bfloat16", torch.device("cpu"))
+
+
+def test_a_part_without_a_score_is_no_obstacle_to_resuming(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = evaluator()
+    plain = ours.scored
+
+    def gappy(*given: Any) -> Scored:
+        scored = plain(*given)
+        return replace(scored, scores=(math.nan, *scored.scores[1:]))
+
+    monkeypatch.setattr(ours, "scored", gappy)
+    (trial,) = ours([(0, half("probe"))])
+    assert trial.error is None
+    assert trial.parts == ()
+    assert Trial.from_json(json.loads(json.dumps(trial.to_json()))).loss == trial.loss
+
+
+def test_parts_add_up_to_score_and_loss() -> None:
+    (trial,) = evaluator()([(0, half("probe"))])
+    score, loss = np.sum(trial.parts, axis=0)
+    assert score == pytest.approx(trial.score, rel=1e-5)
+    assert loss == pytest.approx(trial.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("images", [20, 40, 200])
+def test_no_part_is_of_one_image(images: int) -> None:
+    losses = np.random.default_rng(0).exponential(1, 500)
+    sample = drawn([(torch.zeros(500, 1), torch.zeros(500))], losses, images, seed=0)
+    assert min(part for parts in sample.parts for part in parts) >= 2
+    assert sum(sample.weights) == pytest.approx(500)
 
 
 class Column(nn.Module):

@@ -151,8 +151,17 @@ def test_what_fails_is_out_and_the_others_race_on() -> None:
     assert [len(batch) for batch in track.asked[1:]] == [1] * (len(track.asked) - 1)
 
 
-def test_where_all_fail_nothing_more_is_asked() -> None:
-    track = Track([0.9, 0.5], 0)
+def test_where_all_fail_on_few_images_some_are_scored_on_all() -> None:
+    """A metric may need more images than a rung has."""
+    track = Track([0.9, 0.5, 0.7], 0)
+    track.fails = lambda candidate: candidate.fidelity < 1
+    assert _best(track.run(keep=1)).candidate.fidelity == 1
     track.fails = lambda candidate: True
     assert all(t.error for t in track.run(keep=1))
-    assert len(track.asked) == 1
+
+
+def test_trials_that_do_not_tell_their_parts_are_not_dropped_for_them() -> None:
+    running = raced([Candidate(ratios=(i / 10,)) for i in range(5)], keep=1)
+    batch = next(running)
+    batch = running.send([Trial(number=0, candidate=c, score=0.5, loss=c.ratios[0]) for c in batch])
+    assert [c.ratios for c in batch] == [(0.0,), (0.1,)], "as many as the rung takes"

@@ -28,9 +28,9 @@ class RandomSearch(Scripted):
     """See the module's docstring.
 
     episodes: candidates drawn, all at once; where the surface has fewer, each once. band in (0, 1], thin >= 1: see
-    above. proxy: the recovery that they are scored after. race in [0, 1): how likely the best of them may be dropped
-    before it was scored on all images, at a rung of the race (race.py); 0 scores all on all. finalists, attempts,
-    recovery: see finalists.py.
+    above. proxy: the recovery that they are scored after. race in [0, 1): how likely the one of least loss may be
+    dropped before it was scored on all images, at a rung of the race (race.py); 0 scores all on all. finalists,
+    attempts, recovery: see finalists.py.
 
     Raises:
         InputError: a setting is out of its range.
