@@ -13,6 +13,7 @@ from zoo import ZOO
 
 from autoprune import activations, criteria, reconstruct
 from autoprune.activations import apoz, entering, reconstruction
+from autoprune.borrowing import seeded
 from autoprune.space import Space, trace
 
 
@@ -186,9 +187,9 @@ def test_products_are_those_of_what_a_layer_makes_of_each_unit_alone(
 
 def test_reconstruction_ranks_by_what_its_readers_get_not_by_weights() -> None:
     """A unit that is large and always off, one that nothing reads, and one that is small and read with all weight."""
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
-    with torch.no_grad():
-        torch.manual_seed(0)
+    with seeded(0):
+        model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad(), seeded(0):
         first, last = model.get_parameter("0.weight"), model.get_parameter("2.weight")
         nn.init.normal_(first)
         nn.init.normal_(last)

@@ -128,7 +128,15 @@ def test_optuna_compares_what_was_scored_on_all_images(url: str) -> None:
     assert {t.number for t in kept.best_trials} <= {1, 2}
 
 
-def test_ctrl_c_waits_for_a_trial_to_be_written(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def heeding() -> Iterator[None]:
+    """A shell starts what runs in its background deaf to Ctrl-C, and all that comes of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_a_trial_to_be_written(url: str, heeding: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Within a transaction it would leave the lock to a connection that nobody has any more."""
     pressed, added = signal.getsignal(signal.SIGINT), Session.add
 
@@ -160,7 +168,7 @@ def test_ctrl_c_while_a_study_is_opened_lets_it_go(url: str, monkeypatch: pytest
     study_of(url).close()
 
 
-def test_the_second_ctrl_c_does_not_wait() -> None:
+def test_the_second_ctrl_c_does_not_wait(heeding: None) -> None:
     def pressing() -> None:
         with storage.unbroken():
             os.kill(os.getpid(), signal.SIGINT)
