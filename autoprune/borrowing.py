@@ -53,9 +53,9 @@ def threads(count: int) -> Iterator[None]:
 
 
 @contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
     """Inside, torch computes in "float32", or what does not need it in "bfloat16"."""
-    with torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext():
+    with torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else nullcontext():
         yield
 
 

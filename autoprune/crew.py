@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Protocol
@@ -77,23 +78,23 @@ class Workers:
     """Where candidates are evaluated."""
 
 
-class Crew(Workers):
+class Crew(Workers, ABC):
     """A kind of workers, as many as `count`. limit_s: how long a candidate may take at most."""
 
     count: int
     limit_s: float | None
 
+    @abstractmethod
     def hire(self, subject: Subject, threads: int) -> Worker:
         """A new worker, which has begun to start."""
-        raise NotImplementedError
 
+    @abstractmethod
     def telling(self, workers: Sequence[Any], timeout_s: float | None) -> list[Any]:
         """Those of the workers that have a message or are lost, as soon as there is one; none at the time-out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Give back what all workers have in common."""
-        raise NotImplementedError
 
 
 def pack(subject: Subject, file: IO[bytes]) -> None:

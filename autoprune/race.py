@@ -46,8 +46,9 @@ def raced(
         racing = racing[: max(keep, math.ceil(share * len(candidates)))]
         trials = yield [replace(candidates[i], fidelity=fidelity) for i in racing]
         last |= zip(racing, trials, strict=True)
-        whole = {i: t for i, t in zip(racing, trials, strict=True) if t.error is None}
-        racing = _ahead(whole, keep, by, error, seed) or racing  # all may fail for the images being few
+        if fidelity < 1:
+            whole = {i: t for i, t in zip(racing, trials, strict=True) if t.error is None}
+            racing = _ahead(whole, keep, by, error, seed) or racing  # all may fail for the images being few
     return [last[i] for i in range(len(candidates))]
 
 
@@ -58,7 +59,7 @@ def _ahead(trials: Mapping[int, Trial], keep: int, by: By, error: float, seed: i
         return ranked
     column, sign = (0, -1.0) if by == "score" else (1, 1.0)
     parts = sign * np.asarray([trials[i].parts for i in ranked])[:, :, column]
-    unseen = 1 - trials[ranked[0]].candidate.fidelity  # all there is to see is not drawn from anything
+    unseen = 1 - trials[ranked[0]].candidate.fidelity  # of so many images, what is seen already is certain
     likely = chances(parts, math.sqrt(unseen), seed)
     order = np.argsort(-likely, kind="stable")
     enough = int(np.searchsorted(np.cumsum(likely[order]), 1 - error)) + 1

@@ -26,7 +26,7 @@ from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a sec
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from autoprune.borrowing import arguments, precision, to_device
+from autoprune.borrowing import arguments, computing_in, to_device
 from autoprune.core import InputError, Task
 
 LOG = logging.getLogger("autoprune")
@@ -79,9 +79,9 @@ class Sample:
         return -half, half
 
 
-def score(model: nn.Module, sample: Sample, task: Task, name: str = "float32") -> Scored:
-    """Score a network, computing in the precision of this name. Raises FloatingPointError if a loss is not finite."""
-    tally = Tally(task, next(model.parameters()).device, sample, name)
+def score(model: nn.Module, sample: Sample, task: Task, precision: str = "float32") -> Scored:
+    """Score a network, computing in this precision. Raises FloatingPointError if a loss is not finite."""
+    tally = Tally(task, next(model.parameters()).device, sample, precision)
     model.eval()
     with torch.inference_mode():
         for number in range(len(sample.batches)):
@@ -92,8 +92,8 @@ def score(model: nn.Module, sample: Sample, task: Task, name: str = "float32") -
 class Tally:
     """A network's losses and metric on a sample, batch by batch; its own forward pass in this precision."""
 
-    def __init__(self, task: Task, device: torch.device, sample: Sample, name: str = "float32") -> None:
-        self._loss, self._device, self._sample, self._precision = task.loss, device, sample, name
+    def __init__(self, task: Task, device: torch.device, sample: Sample, precision: str = "float32") -> None:
+        self._loss, self._device, self._sample, self._precision = task.loss, device, sample, precision
         self._metric = copy.deepcopy(task.metric).to(device)
         self._metric.reset()
         self._sign = -1.0 if self._metric.higher_is_better is False else 1.0
@@ -129,20 +129,20 @@ class Tally:
         return Scored(total, tuple(self._scores), tuple(self._losses), self._sample.weights, self.forward)
 
 
-def answer(model: nn.Module, given: tuple[Any, ...], name: str, device: torch.device) -> Any:
+def answer(model: nn.Module, given: tuple[Any, ...], precision: str, device: torch.device) -> Any:
     """What the network gives, computed in this precision; floats are float32 at least.
 
     Raises:
         InputError: it gives something that these cannot be found in.
     """
-    if name == "float32":
+    if precision == "float32":
         return model(*given)
-    with precision(name, device):
+    with computing_in(precision, device):
         output = model(*given)
     for leaf in tree_leaves(output):
         if not isinstance(leaf, Tensor | int | float | str | None):
             raise InputError(
-                f"evaluator.precision={name} takes outputs in tuples, lists and mappings, and the model gives a "
+                f"evaluator.precision={precision} takes outputs in tuples, lists and mappings, and the model gives a "
                 f"{type(leaf).__name__}: evaluator.precision=float32 takes any"
             )
     return tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x, output)

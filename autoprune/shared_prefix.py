@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from autoprune.borrowing import arguments, precision
+from autoprune.borrowing import arguments, computing_in
 from autoprune.core import Task
 from autoprune.dependence import Dependence
 from autoprune.handing import Outputs, Positions, alike, cloned, hollow, narrowed
@@ -225,7 +225,7 @@ class SharedPrefix:
         with torch.inference_mode():
             for number, (inputs, _) in enumerate(sample.batches):
                 batch = kind(inputs, "score")
-                with precision(self._precision, self._device):
+                with computing_in(self._precision, self._device):
                     outputs = self._outputs(network, members, inputs, batch)
                 for member in _whole(members):
                     self._add(member, number, inputs, batch, outputs)
