@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from autoprune import loop, spread
+from autoprune.borrowing import threads
 from autoprune.core import Budget, Candidate, Measurement, Progress, Strategy, Trial, all_met
 from autoprune.costs import Costs
 from autoprune.crew import Workers
+from autoprune.criteria import Scores
 from autoprune.evaluate import Evaluator
-from autoprune.final import train
+from autoprune.final import tuning
 from autoprune.lineage import Networks, folder_beside
-from autoprune.recover import FineTune
+from autoprune.rounds import Final, Pruner, everything
 from autoprune.study import Study
+from autoprune.units import Labels
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The answer's trial and network, fine-tuned unless it is the dense one; pruned: its score on the search split
-    before that; record: what Result keeps of how it was found; known: its costs, where they were measured just now."""
+    """The answer's trial and network, fine-tuned unless it is the dense one, and the units that it keeps of each group;
+    pruned: its score on the search split before that; record: what Result keeps of how it was found; known: its costs,
+    where they were measured just now."""
 
     trial: Trial
     model: nn.Module
+    kept: tuple[Labels, ...]
     pruned: float
     record: Mapping[str, Any]
     known: Mapping[str, Measurement] = field(default_factory=dict)
@@ -44,7 +49,8 @@ def left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progre
     record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
     record["seconds_searching"] = 0.0
     model = copy.deepcopy(evaluator.dense_model)
-    return Answer(trial=answer, model=model, pruned=answer.score, record=record, known=known)
+    kept = everything(prices.traced.space)
+    return Answer(trial=answer, model=model, kept=kept, pruned=answer.score, record=record, known=known)
 
 
 def searched(
@@ -52,21 +58,22 @@ def searched(
     evaluator: Evaluator,
     prices: Costs,
     study: Study,
-    plan: FineTune,
+    plan: Final,
     progress: Progress,
     workers: Workers,
+    rank: Callable[[nn.Module], Sequence[Scores]],
 ) -> Answer:
-    """The best answer of the whole conversation, fine-tuned."""
+    """The best answer of the whole conversation, fine-tuned. rank: as of Pruner."""
     began = time.perf_counter()
     trials, replayed = _converse(planner, evaluator, study, progress, workers)
     seconds = time.perf_counter() - began + sum(trial.seconds for trial in trials[:replayed])
     findings = {f.group: f.what for f in getattr(planner, "findings", ())}
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = best(trials, prices.steered, prices.limits)
-    model, pruned = _recovered(evaluator, answer, plan, progress)
+    model, kept, pruned = _recovered(evaluator, answer, plan, progress, rank)
     record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
     record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
-    return Answer(trial=answer, model=model, pruned=pruned, record=record)
+    return Answer(trial=answer, model=model, kept=kept, pruned=pruned, record=record)
 
 
 def _converse(
@@ -99,22 +106,43 @@ def settled(history: tuple[Trial, ...]) -> tuple[Trial, ...]:
     return history[: last.number]
 
 
-def _recovered(evaluator: Evaluator, answer: Trial, plan: FineTune, progress: Progress) -> tuple[nn.Module, float]:
-    """The answer's network after the final fine-tune, which goes on from what the answer's parents have learnt, and its
-    score before: of its trial, or, where that was on a part of the images, as the fine-tune finds it."""
-    candidate = answer.candidate
-    goes_on = candidate.parent is not None
-    model = evaluator.recovered(candidate if goes_on else replace(candidate, recovery="probe", fidelity=1.0))
-    pruned = answer.score if candidate.fidelity == 1 else evaluator.scored(model).score
-    train(
-        model,
-        evaluator.task,
-        plan,
-        teacher=evaluator.dense_model,
+def _recovered(
+    evaluator: Evaluator,
+    answer: Trial,
+    plan: Final,
+    progress: Progress,
+    rank: Callable[[nn.Module], Sequence[Scores]],
+) -> tuple[nn.Module, tuple[Labels, ...], float]:
+    """The answer's network after the final training, the units that it keeps, and its score before: of its trial, or,
+    where that was on a part of the images, as it is when healed. A training at once goes on from what the answer's
+    parents have learnt."""
+    candidate, task, healer = answer.candidate, evaluator.task, evaluator.healer
+    whole = answer if candidate.fidelity == 1 else None
+    tune = tuning(task, teacher=evaluator.dense_model, seed=evaluator.seed, progress=progress)
+    if candidate.parent is not None and plan.at_once and plan.weights == "trained":
+        model = evaluator.recovered(candidate)
+        before = whole.score if whole else evaluator.scored(model).score
+        tune(model, plan, 0, lambda done: None)
+        return model, healer.units(candidate.ratios), before
+    probe = replace(candidate, recovery="probe", fidelity=1.0)
+    before = whole.score if whole else evaluator.scored(evaluator.recovered(probe)).score
+
+    def heal(model: nn.Module, kept: Sequence[Labels], source: nn.Module) -> None:
+        with threads(evaluator.scoring.threads):
+            healer.heal(model, kept, source)
+
+    pruner = Pruner(
+        task=task,
+        traced=evaluator.traced,
+        dense=evaluator.dense_model,
+        scores=evaluator.importance,
+        rank=rank,
+        heal=heal,
+        tune=tune,
         seed=evaluator.seed,
-        progress=progress,
     )
-    return model, pruned
+    model, kept = pruner.pruned(candidate.ratios, plan)
+    return model, kept, before
 
 
 def best(trials: Sequence[Trial], steered: Sequence[Budget], budgets: Sequence[Budget]) -> Trial:

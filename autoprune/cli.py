@@ -135,6 +135,7 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a search and a comparison of searches are given alike."""
     from autoprune.evaluate import Scoring
     from autoprune.recover import FineTune
+    from autoprune.rounds import Final
     from autoprune.space import Space
 
     scoring = {k: v for k, v in config["evaluator"].items() if k != "cache"}
@@ -142,7 +143,7 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "space": made(Space, config["space"], "space"),
         "scoring": made(Scoring, scoring, "evaluator"),
-        "final": made(FineTune, config["finetune"], "finetune"),
+        "final": made(Final, config["finetune"], "finetune"),
         "profile": _profile_plan(config["profile"]),
         "criterion": config["criterion"],
         "device": config["device"],
@@ -227,10 +228,10 @@ def _finetune(words: Sequence[str]) -> int:
     config = configured("finetune", words)
     from autoprune import final, report
     from autoprune.prune import RatioTable
-    from autoprune.recover import FineTune
+    from autoprune.rounds import Final
 
     table = RatioTable.load(config["ratios"])
-    plan = made(FineTune, config["finetune"], "finetune")
+    plan = made(Final, config["finetune"], "finetune")
     task = make_task(config["task"])
     folder = _run_folder(config, task.name, "finetune")
     with _watched() as screen:

@@ -139,8 +139,8 @@ def compare(
             except RuntimeError as error:
                 progress.say(f"{name} under {key[0]}, seed {seed} failed and is left out: {error}")
                 continue
-            recovery = settings.get("scoring", Scoring()).recovery
-            row = _row(task, result, key, digest, recovery)
+            healing = settings.get("scoring", Scoring()).recipe.of_recovery("probe")
+            row = _row(task, result, key, digest, [step.name for step in healing])
             _append(file, row)
         rows.append(row)
         for name, content in zip(FILES[1:], ("\n".join(table(rows)) + "\n", plot(rows)), strict=True):

@@ -519,6 +519,17 @@ class Silent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Past:
+    """How a task's model was trained, for a training that goes back to it (Renda et al., arXiv 2003.02389): `epochs` in
+    all, and the learning rate as a fraction of Task.lr at a fraction in [0, 1] of them. early: the same network as it
+    was early on, or before."""
+
+    epochs: float
+    schedule: Callable[[float], float]
+    early: nn.Module | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
     """A trained model with its data: all that a search needs to know of the user's problem.
 
@@ -528,7 +539,8 @@ class Task:
     example is one. search is held out of the model's training
     and is all that a search looks at; test is read once, for the final report. loss(output, target) is a scalar.
     metric is a torchmetrics.Metric updated with (output, target); its `higher_is_better` gives its direction.
-    lr is the learning rate the model was trained with at its highest; recovery uses a fraction of it.
+    lr is the learning rate the model was trained with at its highest; recovery uses a fraction of it. past: how it was
+    trained, where that is known.
     """
 
     name: str
@@ -540,4 +552,5 @@ class Task:
     loss: Callable[[Any, Any], Tensor]
     metric: Metric
     lr: float
+    past: Past | None = None
     notes: tuple[str, ...] = ()

@@ -45,7 +45,8 @@ from autoprune.criteria import Scores
 from autoprune.healer import Care, Healer, part
 from autoprune.lineage import Networks
 from autoprune.prune import weights_hash
-from autoprune.recover import HEALING, FineTune, anchored, check_healing
+from autoprune.recipe import RECOVERY, Entry, Recipe
+from autoprune.recover import FineTune, anchored
 from autoprune.scores import STRATUM, Sample, Scored, drawn, losses_by_image, score, subset
 from autoprune.shared_prefix import Beside, Outcome, SharedPrefix
 from autoprune.traced import TracedModel
@@ -59,18 +60,17 @@ Likeness = tuple[int | None, Recovery, float]
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How candidates are scored: `images` of the search split, what a cut network gets first, `recalibration` training
-    batches for it, the short fine-tune, and the device ("cpu", "cuda") that computes all this, on so many `threads`
-    of the CPU: the same however many workers there are (workers.py), so that the same trials come out.
+    batches for it, the settings of short fine-tunes, and the device ("cpu", "cuda") that computes all this, on so many
+    `threads` of the CPU: the same however many workers there are (workers.py), so that the same trials come out.
 
-    recovery: of "reconstruct", which refits what reads pruned units to what it gave in the network that this one is cut
-    from (reconstruct.py), and then "bn_recalibrate", which takes new batch normalisation statistics.
+    recovery: the steps of Recipe.of, in their order; those that train are left out of a "probe".
     precision: "float32", or "bfloat16" for the forward passes that score, not for those that heal and train.
     shared_prefix: what candidates of one batch have in common runs once (shared_prefix.py), with the same results.
     """
 
     images: int = 1000
     recalibration: int = 4
-    recovery: Sequence[str] = HEALING
+    recovery: Sequence[Entry] = RECOVERY
     short: FineTune = FineTune(epochs=0.25)
     device: str = "cpu"
     threads: int = 1
@@ -85,7 +85,12 @@ class Scoring:
             "threads must be a whole number, 1 or more": isinstance(self.threads, int) and self.threads >= 1,
         }
         check_rules("evaluator", rules, vars(self))
-        check_healing("evaluator", self.recovery)
+        self.recipe  # noqa: B018, checks it
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """What candidates get."""
+        return Recipe.of("evaluator", self.recovery, self.short)
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ class Evaluator:
         given = copy.deepcopy(task.model).to(device).eval()
         self.dense_model = anchored(given, self.recalibration, task.loss)
         self.anchored = self.dense_model is not given
-        care = Care(scoring.recovery, self.recalibration, scoring.short, seed)
+        care = Care(scoring.recipe, self.recalibration, seed)
         self.healer = Healer(task, traced, importance, self.dense_model, care, self._digest)
         self._dense: dict[float, Scored] = {}
         self._samples: dict[float, Sample] = {}
@@ -207,7 +212,7 @@ class Evaluator:
         """A batch in parts: those that may be scored together, each other one for itself."""
         parts: dict[object, list[tuple[int, Candidate]]] = defaultdict(list)
         for number, candidate in batch:
-            like = _likeness(candidate) if self.scoring.shared_prefix else None
+            like = self._likeness(candidate)
             parts[like or number].append((number, candidate))
         return list(parts.values())
 
@@ -319,8 +324,8 @@ class Evaluator:
         """The candidates of a batch that are scored together, by number, each with what scores it and others."""
         alike: dict[Likeness, dict[int, Sequence[Labels]]] = defaultdict(dict)
         seen: set[Path | None] = set()
-        for number, candidate in batch if self.scoring.shared_prefix else ():
-            like = _likeness(candidate)
+        for number, candidate in batch:
+            like = self._likeness(candidate)
             if like is None or self.knows(candidate):
                 continue
             with suppress(ValueError):  # what is no candidate at all becomes a failed trial
@@ -343,10 +348,17 @@ class Evaluator:
         self.dense(fidelity)
         if self._prefix is None:
             self._prefix = SharedPrefix(self.traced, self.dense_model, self.task, self.scoring.precision)
-        make = functools.partial(self.healer.rebuilt, parent, self.healer.source(parent), recovery, sharing=True)
+        make = functools.partial(self.healer.rebuilt, parent, self.healer.source(parent), recovery)
         care = self.healer.care
-        recalibration = care.read(fidelity) if care.recalibrates(recovery) else []
+        recalibration = care.read(fidelity) if care.has("bn_recalibrate", recovery) else []
         yield from self._prefix.scored(candidates, make, self._sample(fidelity), recalibration)
+
+    def _likeness(self, candidate: Candidate) -> Likeness | None:
+        """What candidates must have in common to be scored together; None for those that are scored alone."""
+        together = self.scoring.shared_prefix and self.scoring.recipe.shareable
+        if not together or candidate.recovery == "short" or candidate.measure:
+            return None
+        return candidate.parent, candidate.recovery, candidate.fidelity
 
     def _evaluate(self, number: int, candidate: Candidate, outcome: Outcome | None) -> Trial:
         ratios = self.traced.space.check(candidate.ratios)
@@ -445,13 +457,6 @@ class Evaluator:
             }
             self._digests[candidate] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
         return self._digests[candidate]
-
-
-def _likeness(candidate: Candidate) -> Likeness | None:
-    """What candidates must have in common to be scored together; None for those that are scored alone."""
-    if candidate.recovery == "short" or candidate.measure:
-        return None
-    return candidate.parent, candidate.recovery, candidate.fidelity
 
 
 def _plain(candidate: Candidate) -> Candidate:

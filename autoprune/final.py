@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,10 +19,15 @@ from autoprune.core import InputError, Measurement, Progress, Silent, Task
 from autoprune.costs import counted
 from autoprune.criteria import Criterion
 from autoprune.keywords import named, positional_task
-from autoprune.prune import RatioTable, weights_hash
-from autoprune.recover import HEALING, FineTune, anchored, check_healing, finetune, recalibrate
+from autoprune.prune import RatioTable, ranking
+from autoprune.recipe import HEALING, check_healing
+from autoprune.reconstruct import Reconstruction
+from autoprune.recover import FineTune, Teacher, anchored, finetune, recalibrate
+from autoprune.rounds import Final, Pruner, Tune
+from autoprune.traced import TracedModel
+from autoprune.units import Labels
 
-FINAL = FineTune(epochs=3)
+FINAL = Final(epochs=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +61,8 @@ def finetune_table(
 ) -> FineTuned:
     """Reuse a ratio table in training: prune the task's model by it, heal and fine-tune it, and read the test split.
 
-    recovery: as of evaluate.Scoring, on the first `recalibration` training batches.
+    recovery: what heals it before it is trained, of recipe.HEALING, on the first `recalibration` training batches.
+    final: how it is pruned and trained (rounds.Final).
 
     Raises:
         InputError: a setting or the task is wrong, or its model has another architecture than the table's.
@@ -73,8 +80,22 @@ def finetune_table(
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
     teacher = copy.deepcopy(task.model).to(device)
-    model = healed(task, table, batches, recovery, device=device)
-    train(model, task, final, teacher=teacher, seed=seed, progress=progress)
+    plan, shown = Final.of(final), to_device(batches, device)
+    traced = table.traced(task.model, task.inputs)
+    order = ranking(traced, rank, batches=batches, loss=task.loss, seed=0)
+    listed = [np.isin(np.arange(g.size), g.units).astype(np.float64) for g in table.groups]
+    pruner = Pruner(
+        task=task,
+        traced=traced,
+        dense=copy.deepcopy(anchored(task.model, batches, task.loss)).to(device).eval(),
+        scores=listed if plan.at_once else order(task.model),
+        rank=order,
+        heal=lambda model, kept, source: heal(model, recovery, shown, traced=traced, kept=kept, source=source),
+        tune=tuning(task, teacher=Teacher(teacher), seed=seed, progress=progress),
+        seed=seed,
+    )
+    model, kept = pruner.pruned([g.ratio for g in table.groups], plan)
+    table = table.keeping(kept)
     progress.stage("reading the test split", None)
     test_dense, test_recovered = test(task, [teacher, model])
     inputs = to_device(task.inputs, device)
@@ -90,50 +111,66 @@ def finetune_table(
     )
 
 
-def healed(
-    task: Task,
-    table: RatioTable,
-    batches: Sequence[Any],
-    recovery: Sequence[str] = HEALING,
-    *,
-    device: torch.device | str = "cpu",
-) -> nn.Module:
-    """The task's model pruned by a table of its own weights, put on a device and recovered without training, on these
-    training batches; ready to be trained (recover.anchored).
+def healed(task: Task, table: RatioTable, batches: Sequence[Any], recovery: Sequence[str] = HEALING) -> nn.Module:
+    """The task's model pruned by a table of its own weights and recovered without training, on these training batches;
+    ready to be trained (recover.anchored).
 
     Raises:
         InputError: the model has another architecture than the table's.
     """
     dense = anchored(task.model, batches, task.loss)
-    if dense is not task.model:
-        table = replace(table, weights=weights_hash(dense))  # the same units
-    model = table.prune(dense, task.inputs, reconstruct=batches if "reconstruct" in recovery else ()).to(device)
-    if "bn_recalibrate" in recovery:
-        recalibrate(model, to_device(batches, device))
+    traced = table.traced(dense, task.inputs)
+    model = traced.cut(dense, table.kept).eval()
+    heal(model, recovery, batches, traced=traced, kept=table.kept, source=dense)
     return model
 
 
-def train(
+def heal(
     model: nn.Module,
-    task: Task,
-    plan: FineTune,
+    recovery: Sequence[str],
+    batches: Sequence[Any],
     *,
-    teacher: nn.Module,
-    seed: int,
-    progress: Progress,
+    traced: TracedModel,
+    kept: Sequence[Labels],
+    source: nn.Module,
 ) -> None:
-    """Fine-tune a network in place, seen by `progress`."""
-    begun = False
+    """These steps of recipe.HEALING, in their order and in place, for a model that was cut from source to these
+    units."""
+    for step in recovery:
+        if step == "bn_recalibrate":
+            recalibrate(model, batches)
+        elif traced.narrows:
+            Reconstruction(source, traced, batches).apply(model, kept)
 
-    def on_step(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.stage("fine-tuning the answer", total)
-            begun = True
-        progress.step()
 
-    with seeded(seed):
-        finetune(model, task.train, plan, loss=task.loss, lr=task.lr, teacher=teacher, on_step=on_step)
+def tuning(task: Task, *, teacher: nn.Module | Teacher, seed: int, progress: Progress) -> Tune:
+    """How a Pruner trains: on the task's training split, seen by `progress`."""
+
+    def tune(model: nn.Module, plan: FineTune, number: int, after: Callable[[int], None]) -> None:
+        begun = False
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                again = f", round {number + 1}" if number else ""
+                progress.stage(f"fine-tuning the answer{again}", total)
+                begun = True
+            progress.step()
+            after(done)
+
+        with seeded(seed + number):
+            finetune(
+                model,
+                task.train,
+                plan,
+                loss=task.loss,
+                lr=task.lr,
+                past=task.past,
+                teacher=teacher,
+                on_step=on_step,
+            )
+
+    return tune
 
 
 def test(task: Task, models: Sequence[nn.Module]) -> list[float]:

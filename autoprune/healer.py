@@ -16,8 +16,9 @@ from autoprune.core import Candidate, Recovery, Task
 from autoprune.criteria import Scores
 from autoprune.lineage import Networks, check_nested
 from autoprune.prune import choose_units
+from autoprune.recipe import Recipe, Step
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import FineTune, Teacher, finetune, recalibrate, shorter
+from autoprune.recover import Teacher, finetune, recalibrate, shorter
 from autoprune.traced import TracedModel, tensors_of
 from autoprune.units import Labels
 
@@ -31,18 +32,15 @@ def part(batches: Sequence[Any], fidelity: float) -> Sequence[Any]:
 
 @dataclass(frozen=True)
 class Care:
-    """What heals a network: which of HEALING (recover.py), the batches that they read, and the short fine-tune."""
+    """What heals a network: the steps, the batches that those read which do not train, and the seed of the others."""
 
-    recovery: Sequence[str]
+    recipe: Recipe
     batches: Sequence[Any]
-    short: FineTune
     seed: int
 
-    def recalibrates(self, recovery: Recovery) -> bool:
-        return recovery != "none" and "bn_recalibrate" in self.recovery
-
-    def reconstructs(self, recovery: Recovery) -> bool:
-        return recovery != "none" and "reconstruct" in self.recovery
+    def has(self, step: str, recovery: Recovery) -> bool:
+        """Whether a candidate with this recovery gets this step."""
+        return any(own.name == step for own in self.recipe.of_recovery(recovery))
 
     def read(self, fidelity: float) -> Sequence[Any]:
         """Those that a candidate of this fidelity is healed with."""
@@ -68,7 +66,7 @@ class Healer:
         self.traced, self.importance, self.dense, self.care, self.digest = traced, importance, dense, care, digest
         self.known: dict[int, Candidate] = {}
         self.networks: Networks | None = None
-        self._train, self._loss, self._lr = task.train, task.loss, task.lr
+        self._train, self._loss, self._lr, self._past = task.train, task.loss, task.lr, task.past
         self._teacher = Teacher(dense, remembered=LESSONS)
         self._reconstruction: tuple[str | None, Reconstruction] | None = None
 
@@ -93,21 +91,43 @@ class Healer:
         kept = self.units(candidate.ratios)
         if stored := self.stored(candidate):
             return self.traced.cut(self.traced.spread(self.dense, stored, kept), kept).eval()
-        model = self.rebuilt(candidate.parent, self.source(candidate.parent), candidate.recovery, kept)
-        if self.care.recalibrates(candidate.recovery):
-            recalibrate(model, self.care.read(candidate.fidelity))
+        source, steps = self.source(candidate.parent), self.care.recipe.of_recovery(candidate.recovery)
+        model = self._cut(candidate.parent, source, kept)
+        for number, step in enumerate(steps):
+            if step.name == "reconstruct":
+                self._reconstruct(model, kept, source, candidate.parent)
+            elif step.name == "bn_recalibrate":
+                recalibrate(model, self.care.read(candidate.fidelity))
+            else:
+                before = sum(earlier.plan is not None for earlier in steps[:number])
+                self._train_briefly(model, step, candidate.fidelity, self.care.seed + before)
         if candidate.recovery == "short":
-            with seeded(self.care.seed):
-                finetune(
-                    model,
-                    self._train,
-                    shorter(self.care.short, candidate.fidelity, self._train),
-                    loss=self._loss,
-                    lr=self._lr,
-                    teacher=self._teacher,
-                )
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
+
+    def heal(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module) -> None:
+        """Heal, in place and without training, what was cut to these units from any network of the dense one's
+        shape."""
+        for step in self.care.recipe.of_recovery("probe"):
+            if step.name == "bn_recalibrate":
+                recalibrate(model, self.care.batches)
+            elif source is self.dense:
+                self._reconstruct(model, kept, source, None)
+            elif self.traced.narrows:
+                Reconstruction(source, self.traced, self.care.batches, seed=self.care.seed).apply(model, kept)
+
+    def _train_briefly(self, model: nn.Module, step: Step, fidelity: float, seed: int) -> None:
+        assert step.plan is not None
+        with seeded(seed):
+            finetune(
+                model,
+                self._train,
+                shorter(step.plan, fidelity, self._train),
+                loss=self._loss,
+                lr=self._lr,
+                past=self._past,
+                teacher=self._teacher if step.plan.teach else None,
+            )
 
     def rebuilt(
         self,
@@ -115,20 +135,24 @@ class Healer:
         source: nn.Module,
         recovery: Recovery,
         kept: Sequence[Labels],
-        *,
-        sharing: bool = False,
     ) -> nn.Module:
-        """A parent's child, cut and refitted, its statistics not yet taken anew; sharing: as of TracedModel.cut.
+        """A parent's child, cut and refitted, its statistics not yet taken anew, that shares with its source the
+        parameters that lose nothing.
 
         Raises:
             ValueError: a unit is to be kept that the parent has lost.
         """
-        if parent is not None:
-            check_nested(self.traced.space, self.units(self.candidate(parent).ratios), kept)
-        model = self.traced.cut(source, kept, sharing=sharing).eval()
-        if self.care.reconstructs(recovery) and self.traced.narrows:
+        model = self._cut(parent, source, kept, sharing=True)
+        if self.care.has("reconstruct", recovery):
             self._reconstruct(model, kept, source, parent)
         return model
+
+    def _cut(
+        self, parent: int | None, source: nn.Module, kept: Sequence[Labels], *, sharing: bool = False
+    ) -> nn.Module:
+        if parent is not None:
+            check_nested(self.traced.space, self.units(self.candidate(parent).ratios), kept)
+        return self.traced.cut(source, kept, sharing=sharing).eval()
 
     def source(self, parent: int | None) -> nn.Module:
         """What a parent's children are cut from."""
@@ -147,6 +171,8 @@ class Healer:
     def _reconstruct(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module, parent: int | None) -> None:
         """Refit a network that was cut from source, the parent's or the dense one; what is known of the last source is
         kept, as a round's candidates have one parent."""
+        if not self.traced.narrows:
+            return
         digest = None if parent is None else self.digest(self.candidate(parent))
         if self._reconstruction is None or self._reconstruction[0] != digest:
             self._reconstruction = None  # two at once would take twice the memory

@@ -41,12 +41,17 @@ class MaskedModel(TracedModel):
         masked = with_tensors(model, {name: tensor.detach().clone() for name, tensor in tensors_of(model)})
         for name, gone in self._gone(kept).items():
             weight = masked.get_parameter(name)
-            mask = torch.ones_like(weight).flatten()
-            mask[torch.from_numpy(gone).to(mask.device)] = 0
             module, _, own = name.rpartition(".")
             with torch.no_grad():  # else the weight could not be copied
-                prune.custom_from_mask(masked.get_submodule(module), own, mask.view_as(weight))
+                prune.custom_from_mask(masked.get_submodule(module), own, _mask(weight, gone))
         return masked
+
+    @torch.no_grad()
+    def silence(self, model: nn.Module, kept: Sequence[Labels]) -> None:
+        """Zero, in place, all elements that go when these units are kept."""
+        for name, gone in self._gone(kept).items():
+            weight = model.get_parameter(name)
+            weight.mul_(_mask(weight, gone))
 
     def spread(self, model: nn.Module, smaller: Mapping[str, Tensor], kept: Sequence[Labels]) -> nn.Module:
         """A copy of the dense model that computes what a masked network does, zeros standing where it was masked."""
@@ -63,6 +68,13 @@ class MaskedModel(TracedModel):
             for group, (piece,), units in zip(self.space.groups, self.slices, kept, strict=True)
             if len(units) < group.size
         }
+
+
+def _mask(weight: Tensor, gone: Labels) -> Tensor:
+    """Of the weight's shape, 0 at these flat positions and 1 elsewhere."""
+    mask = torch.ones(weight.numel(), dtype=weight.dtype, device=weight.device)
+    mask[torch.from_numpy(gone).to(mask.device)] = 0
+    return mask.view(weight.shape)
 
 
 def masked(

@@ -6,6 +6,7 @@ Letters: G groups, U units of one group.
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from autoprune import criteria, untrusted
+from autoprune.borrowing import seeded
 from autoprune.core import InputError, PruningSpace
 from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
@@ -49,6 +51,24 @@ def importance(
     sliced = [pieces for pieces in traced.slices if pieces]
     scores = iter(criterion(model, sliced, batches=batches, loss=loss, seed=seed) if sliced else ())
     return tuple(next(scores) if pieces else np.ones(1) for pieces in traced.slices)
+
+
+def ranking(
+    traced: TracedModel,
+    criterion: criteria.Criterion,
+    *,
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    seed: int,
+) -> Callable[[nn.Module], tuple[criteria.Scores, ...]]:
+    """`importance` as a function of a model of the traced shape, on whatever device."""
+
+    def rank(model: nn.Module) -> tuple[criteria.Scores, ...]:
+        here = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
+        with seeded(seed):
+            return importance(traced, here, criterion, batches=batches, loss=loss, seed=seed)
+
+    return rank
 
 
 def _strongest(importance: criteria.Scores, width: int) -> Labels:
@@ -173,13 +193,22 @@ class RatioTable:
             InputError: another architecture; the message names the first group that does not match.
         """
         model, inputs, (batches, reconstruct) = unnamed(model, inputs, batches, reconstruct)
-        traced, shown = self._match(model, inputs), list(reconstruct)
+        traced, shown = self.traced(model, inputs), list(reconstruct)
         table = self._ranked(traced, model, criterion, batches, loss)
-        kept = [np.array(g.units, dtype=np.int64) for g in table.groups]
-        smaller = traced.cut(model, kept)
+        smaller = traced.cut(model, table.kept)
         if shown and traced.narrows:
-            Reconstruction(model, traced, shown).apply(smaller, kept)
+            Reconstruction(model, traced, shown).apply(smaller, table.kept)
         return named(smaller)
+
+    @property
+    def kept(self) -> tuple[Labels, ...]:
+        """The units that each group keeps, ascending."""
+        return tuple(np.array(g.units, dtype=np.int64) for g in self.groups)
+
+    def keeping(self, kept: Sequence[Labels]) -> RatioTable:
+        """The same table with these units of each group."""
+        groups = zip(self.groups, kept, strict=True)
+        return replace(self, groups=tuple(replace(g, units=tuple(units.tolist())) for g, units in groups))
 
     def fitted(
         self,
@@ -196,7 +225,7 @@ class RatioTable:
             InputError: another architecture; the message names the first group that does not match.
         """
         model, inputs, (batches,) = unnamed(model, inputs, batches)
-        return self._ranked(self._match(model, inputs), model, criterion, batches, loss)
+        return self._ranked(self.traced(model, inputs), model, criterion, batches, loss)
 
     def _ranked(
         self,
@@ -209,11 +238,8 @@ class RatioTable:
         if weights_hash(model) == self.weights:
             return self
         scores = importance(traced, model, criterion, batches=batches, loss=loss or _no_loss, seed=0)
-        groups = tuple(
-            replace(g, units=tuple(_strongest(s, len(g.units)).tolist()))
-            for g, s in zip(self.groups, scores, strict=True)
-        )
-        return replace(self, groups=groups, weights=weights_hash(model), budgets=())
+        kept = [_strongest(s, len(g.units)) for g, s in zip(self.groups, scores, strict=True)]
+        return replace(self.keeping(kept), weights=weights_hash(model), budgets=())
 
     def rebuild(self, model: nn.Module, inputs: Inputs, weights: str | Path) -> nn.Module:
         """The pruned network from any model of the dense architecture and the pruned weights (safetensors).
@@ -222,7 +248,7 @@ class RatioTable:
             InputError: another architecture, or weights that do not fit the pruned network.
         """
         model, inputs, _ = unnamed(model, inputs)
-        traced = self._match(model, inputs)
+        traced = self.traced(model, inputs)
         smaller = traced.cut(model, [np.arange(len(g.units)) for g in self.groups])
         try:
             untrusted.check_tensors(weights, {name: t.shape for name, t in smaller.state_dict().items()})
@@ -232,7 +258,12 @@ class RatioTable:
             raise InputError(f"{weights} does not hold the weights of this pruned network: {first}") from error
         return named(smaller)
 
-    def _match(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
+    def traced(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
+        """A model of the dense architecture, traced.
+
+        Raises:
+            InputError: another architecture; the message names the first group that does not match.
+        """
         per_row = self.groups[0].size if self.grain == "n_m" and self.groups else Space.m
         traced = trace(model, inputs, Space(grain=tuple(self.grain.split("+")), m=per_row))
         found = {g.name: g for g in traced.space.groups}

@@ -16,17 +16,10 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments, evaluating, fingerprint, to_device
-from autoprune.core import InputError, check_rules
+from autoprune.core import InputError, Past, check_rules
 
-HEALING = ("reconstruct", "bn_recalibrate")  # without training, in this order
+SCHEDULES = ("cosine", "constant", "rewound")
 FOREIGN = 1.25  # so many times a model's loss where statistics of the data at hand do not go with its weights
-
-
-def check_healing(place: str, recovery: Sequence[str]) -> None:
-    """Raises InputError unless this is a list of steps of HEALING, each at most once."""
-    rule = f"recovery must be a list of {', '.join(HEALING)}, each at most once"
-    kept = isinstance(recovery, list | tuple) and all(recovery.count(s) == 1 and s in HEALING for s in recovery)
-    check_rules(place, {rule: kept}, {"recovery": recovery})
 
 
 def recalibrate(model: nn.Module, batches: Sequence[Any]) -> None:
@@ -118,15 +111,20 @@ def _loss(model: nn.Module, batches: Sequence[Any], loss: Callable[[Any, Any], T
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune:
-    """A fine-tune: `epochs` (may be a fraction) at the task's learning rate x lr_fraction, falling to 0 as a cosine.
+    """A fine-tune: `epochs` (may be a fraction), or `steps` whatever the epochs, at the task's learning rate x
+    lr_fraction.
 
-    teach: weight in [0, 1] of the dense model's lessons against the task's loss (Hinton et al., arXiv 1503.02531, at
-    `temperature`, for class logits; mean squared difference for other outputs). warm_up: fraction of the steps over
-    which the learning rate rises linearly.
+    schedule: the learning rate falls to 0 as a "cosine", stays "constant", or is "rewound": the very one that the
+    model was trained with over its last so many epochs, lr_fraction and warm_up not applying (learning rate rewinding;
+    Renda et al., ICLR 2020, arXiv 2003.02389). teach: weight in [0, 1] of the dense model's lessons against the task's
+    loss (Hinton et al., arXiv 1503.02531, at `temperature`, for class logits; mean squared difference for other
+    outputs). warm_up: fraction of the steps over which the learning rate rises linearly.
     """
 
     epochs: float
+    steps: int | None = None
     lr_fraction: float = 0.1
+    schedule: str = "cosine"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     warm_up: float = 0.1
@@ -137,6 +135,9 @@ class FineTune:
         rules = {
             "epochs >= 0": self.epochs >= 0,
             "epochs must be finite": math.isfinite(self.epochs),
+            "steps must be a whole number, 1 or more, or null for epochs": self.steps is None
+            or (type(self.steps) is int and self.steps >= 1),
+            f"schedule must be one of {', '.join(SCHEDULES)}": self.schedule in SCHEDULES,
             "lr_fraction > 0": self.lr_fraction > 0,
             "0 <= momentum < 1": 0 <= self.momentum < 1,
             "weight_decay >= 0": self.weight_decay >= 0,
@@ -146,13 +147,29 @@ class FineTune:
         }
         check_rules("fine-tune", rules, vars(self))
 
+    def total(self, train: Iterable[Any]) -> int:
+        """Its steps on this training split.
+
+        Raises:
+            InputError: it has epochs, but too few for one step.
+        """
+        if self.steps is not None:
+            return self.steps
+        per_epoch = _length(train) if self.epochs else 0
+        total = round(self.epochs * per_epoch)
+        if self.epochs and not total:
+            raise InputError(
+                f"fine-tune: {self.epochs} epochs of {per_epoch} batches are no step at all; give more epochs"
+            )
+        return total
+
 
 def shorter(plan: FineTune, fraction: float, train: Iterable[Any]) -> FineTune:
     """The same with a fraction of its steps, one at least."""
-    if fraction == 1 or plan.epochs == 0:
+    if fraction == 1:
         return plan
-    per_epoch = _length(train)
-    return replace(plan, epochs=max(1, round(plan.epochs * fraction * per_epoch)) / per_epoch)
+    total = plan.total(train)
+    return replace(plan, steps=max(1, round(fraction * total))) if total else plan
 
 
 class Teacher:
@@ -188,6 +205,7 @@ def finetune(
     *,
     loss: Callable[[Any, Any], Tensor],
     lr: float,
+    past: Past | None = None,
     teacher: nn.Module | Teacher | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -196,24 +214,22 @@ def finetune(
     Running statistics that remember more steps than a tenth of the fine-tune (EfficientNet's: 100) would be those of
     weights long past: while it lasts they follow faster, at most as fast as PyTorch's default, 10 steps.
 
-    on_step(done, total) is called after each step. Raises FloatingPointError when the loss is no longer finite.
+    past: what a rewound schedule goes back to. on_step(done, total) is called after each step.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+        InputError: it has epochs, but no step; or its schedule is rewound and the past unknown, or shorter.
     """
-    per_epoch = _length(train)
-    total = round(plan.epochs * per_epoch)
-    if plan.epochs == 0:
-        return
+    total = plan.total(train)
     if total == 0:
-        raise InputError(f"fine-tune: {plan.epochs} epochs of {per_epoch} batches are no step at all; give more epochs")
+        return
     if not any(p.requires_grad for p in model.parameters()):
         model.requires_grad_()  # a network frozen for inference heals all the same
-    peak = lr * plan.lr_fraction
+    peak = lr if plan.schedule == "rewound" else lr * plan.lr_fraction
     optimizer = torch.optim.SGD(
         model.parameters(), peak, momentum=plan.momentum, weight_decay=plan.weight_decay, nesterov=plan.momentum > 0
     )
-    warm = max(1, round(plan.warm_up * total))
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm)
-    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm))
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
+    schedule = _schedule(optimizer, plan, total, past, train)
     wise = Teacher(teacher) if isinstance(teacher, nn.Module) else teacher
     device = next(model.parameters()).device
     model.train()
@@ -234,6 +250,43 @@ def finetune(
             if step == total:
                 break
     model.eval()
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, plan: FineTune, total: int, past: Past | None, train: Iterable[Any]
+) -> torch.optim.lr_scheduler.LRScheduler:
+    if plan.schedule == "rewound":
+        begin = check_past(past, plan, train)
+        rate = past.schedule  # type: ignore[union-attr]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(begin + (1 - begin) * step / total))
+    warm = max(1, round(plan.warm_up * total))
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm)
+    then: torch.optim.lr_scheduler.LRScheduler
+    if plan.schedule == "constant":
+        then = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    else:
+        then = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, then], [warm])
+
+
+def check_past(past: Past | None, plan: FineTune, train: Iterable[Any]) -> float:
+    """The fraction of its training that the model had behind it where a rewound schedule begins.
+
+    Raises:
+        InputError: it is not known how the model was trained, or the fine-tune takes longer than that.
+    """
+    if past is None:
+        raise InputError(
+            "fine-tune: schedule=rewound goes back to how the model was trained, which the task does not say: give "
+            "Task(past=Past(epochs=…, schedule=…)), or schedule=cosine"
+        )
+    done = plan.total(train) / (past.epochs * _length(train))
+    if done > 1 + 1e-9:
+        raise InputError(
+            f"fine-tune: schedule=rewound takes the last epochs of the {past.epochs:g} that the model was trained for, "
+            f"got {done * past.epochs:g}"
+        )
+    return max(0.0, 1 - done)
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
+
 from autoprune import components, costs
 from autoprune.answer import left_alone, searched
 from autoprune.borrowing import check_writable, first, seeded
@@ -26,7 +28,7 @@ from autoprune.core import (
 )
 from autoprune.costs import Costs
 from autoprune.crew import Workers
-from autoprune.criteria import Criterion
+from autoprune.criteria import Criterion, Scores
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import FINAL
 from autoprune.keywords import named, positional_task
@@ -34,10 +36,11 @@ from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants
 from autoprune.meters.profile import Profile
-from autoprune.prune import importance
+from autoprune.prune import ranking
 from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
+from autoprune.rounds import Final
 from autoprune.space import Space, trace
 from autoprune.storage import check_storage
 from autoprune.study import Study
@@ -123,7 +126,7 @@ def search(
             budgets=prices.limits,
             progress=progress,
         ) as study:
-            answer = searched(planner, evaluator, prices, study, final, progress, crew)
+            answer = searched(planner, evaluator, prices, study, Final.of(final), progress, crew, prepared.rank)
     result = concluded(
         evaluator,
         prices,
@@ -198,6 +201,7 @@ class _Prepared:
     prices: Costs
     asked: tuple[str, ...]
     device: Device
+    rank: Callable[[nn.Module], Sequence[Scores]]
 
 
 def _prepared(
@@ -237,7 +241,8 @@ def _prepared(
     check(traced)
     with seeded(seed):
         batches = first(task.train, scoring.recalibration)
-        scores = importance(traced, task.model, rank, batches=batches, loss=task.loss, seed=seed)
+    order = ranking(traced, rank, batches=batches, loss=task.loss, seed=seed)
+    scores = order(task.model)
     prices = costs.priced(
         task,
         traced,
@@ -267,7 +272,7 @@ def _prepared(
         progress.say(
             "the batch normalisation statistics are not of the training data: scales and shifts take up the difference"
         )
-    return _Prepared(evaluator, prices, asked, target)
+    return _Prepared(evaluator, prices, asked, target, order)
 
 
 def _fingerprint(evaluator: Evaluator, prices: Costs) -> dict[str, Any]:

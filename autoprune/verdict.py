@@ -16,13 +16,13 @@ from autoprune import __version__, components
 from autoprune.answer import Answer
 from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
-from autoprune.criteria import Scores as Importance
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import test
 from autoprune.meters.device import Device, MeasuringError
-from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
+from autoprune.prune import RatioTable, TableGroup, weights_hash
 from autoprune.result import LayerTime, Result, Scores
 from autoprune.traced import TracedModel
+from autoprune.units import Labels
 
 LOG = logging.getLogger("autoprune")
 
@@ -53,7 +53,7 @@ def concluded(
         seed=evaluator.seed,
         device=prices.device or _place(evaluator.scoring),
         table=RatioTable(
-            groups=_table_groups(prices.traced, evaluator.importance, ratios),
+            groups=_table_groups(prices.traced, answer.kept),
             architecture=prices.traced.fingerprint,
             weights=weights_hash(task.model),
             criterion=named["criterion"],
@@ -131,10 +131,7 @@ def _place(scoring: Scoring) -> str:
     return f"{scoring.device}, {scoring.threads} thread{many}"
 
 
-def _table_groups(
-    traced: TracedModel, importance: Sequence[Importance], ratios: Sequence[float]
-) -> tuple[TableGroup, ...]:
-    kept = choose_units(traced.space, importance, ratios)
+def _table_groups(traced: TracedModel, kept: Sequence[Labels]) -> tuple[TableGroup, ...]:
     return tuple(
         TableGroup(name=g.name, size=g.size, units=tuple(units.tolist()), members=g.members)
         for g, units in zip(traced.space.groups, kept, strict=True)

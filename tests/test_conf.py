@@ -18,6 +18,7 @@ from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
+from autoprune.rounds import Final
 from autoprune.space import Space
 from autoprune.testing import World
 
@@ -92,7 +93,8 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     scoring = Scoring()
     assert (evaluator["images"], evaluator["recalibration"]) == (scoring.images, scoring.recalibration)
     assert FineTune(**evaluator["short"]) == scoring.short
-    assert FineTune(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
+    assert tuple(evaluator["recovery"]) == scoring.recovery
+    assert Final(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
     search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
     assert read(components.CONF / "space" / "channel.yaml") == {**vars(Space()), "grain": list(Space().grain)}
     assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}

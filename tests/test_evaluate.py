@@ -23,7 +23,8 @@ from autoprune.criteria import l1
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.healer import Healer
 from autoprune.meters.counts import Macs
-from autoprune.recover import HEALING, FineTune
+from autoprune.recipe import RECOVERY
+from autoprune.recover import FineTune
 from autoprune.scores import (
     CHUNKS,
     Sample,
@@ -40,7 +41,7 @@ from autoprune.space import Space, trace
 
 
 def evaluator(
-    cache: Path | None = None, seed: int = 0, healing: Sequence[str] = HEALING, shared: bool = True, **change: Any
+    cache: Path | None = None, seed: int = 0, healing: Sequence[Any] = RECOVERY, shared: bool = True, **change: Any
 ) -> Evaluator:
     task = replace(make_task(), **change)
     traced = trace(task.model, task.inputs, Space(levels=6))
@@ -102,13 +103,32 @@ def test_the_dense_candidate_is_not_changed_by_reconstruction() -> None:
     [
         "reconstruct",
         ("reconstructed",),
-        ("bn_recalibrate", "bn_recalibrate"),
         ("reconstruct", "short"),
         [["reconstruct"]],
+        [{"finetune": 100}],
+        [{"finetune": {}, "distill": {}}],
+        [None],
     ],
 )
 def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
-    with pytest.raises(InputError, match="recovery must be a list of reconstruct, bn_recalibrate, each at most once"):
+    with pytest.raises(InputError, match="recovery must be a list of reconstruct, bn_recalibrate, finetune, distill"):
+        Scoring(recovery=wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["reconstruct", "reconstruct"], "recovery must have reconstruct once at most"),
+        (["distill", "reconstruct"], "recovery must have reconstruct before what trains, which it would undo"),
+        ([{"bn_recalibrate": {"steps": 3}}], "recovery: bn_recalibrate has no setting 'steps': it takes no setting"),
+        ([{"finetune": {"teach": 0.5}}], "recovery: finetune has no setting 'teach': it takes epochs, steps, "),
+        ([{"distill": {"step": 3}}], "recovery: distill has no setting 'step'"),
+        ([{"distill": {"steps": 0}}], "recovery: distill: fine-tune: steps must be a whole number, 1 or more"),
+        ([{"finetune": {"lr_fraction": "fast"}}], "recovery: finetune: .*lr_fraction|str"),
+    ],
+)
+def test_a_recovery_that_goes_nowhere_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^evaluator.*{message}"):
         Scoring(recovery=wrong)
 
 
@@ -421,7 +441,7 @@ def test_a_metric_that_some_parts_have_no_value_of_is_that_of_all_images() -> No
 def test_a_failure_does_not_run_the_blocks_that_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("autoprune.shared_prefix.BLOCK", 2)
     ours = evaluator()
-    plain, made = Healer.rebuilt, []
+    plain, made = Healer._cut, []
 
     def fragile(self: Healer, *args: Any, **how: Any) -> Any:
         *_, kept = args
@@ -430,7 +450,7 @@ def test_a_failure_does_not_run_the_blocks_that_follow(monkeypatch: pytest.Monke
             raise MemoryError("no room")
         return plain(self, *args, **how)
 
-    monkeypatch.setattr(Healer, "rebuilt", fragile)
+    monkeypatch.setattr(Healer, "_cut", fragile)
     groups = ours.traced.space.groups
     cuts = [tuple(g.levels[-1] if i == k else 0.0 for i, g in enumerate(groups)) for k in range(len(groups))]
     trials = ours([(n, Candidate(ratios=ratios)) for n, ratios in enumerate(cuts)])

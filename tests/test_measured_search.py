@@ -87,23 +87,9 @@ def test_a_measured_budget_from_profile_to_verdict(whole: Result, folder: Path, 
 
 
 @pytest.mark.slow
-def test_the_same_table_gives_the_same_trials_up_to_the_first_measurement(whole: Result, folder: Path) -> None:
-    second = measured_search(folder)
-
-    def before_measuring(result: Result) -> list[tuple[Candidate, float]]:
-        unmeasured = []
-        for t in result.trials:
-            unmeasured.append((t.candidate, t.score))
-            if t.candidate.measure:
-                break
-        return unmeasured
-
-    assert before_measuring(whole) == before_measuring(second)
-    assert len(list((folder / "tables").iterdir())) == 1
-
-
-@pytest.mark.slow
-def test_an_interrupted_measured_search_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_an_interrupted_measured_search_goes_on_and_with_another_table_is_another(
+    whole: Result, folder: Path, tmp_path: Path
+) -> None:
     class Impatient(Silent):
         def stage(self, name: str, steps: int | None) -> None:
             if name.startswith("fine-tuning"):
@@ -111,22 +97,23 @@ def test_an_interrupted_measured_search_goes_on(folder: Path, tmp_path: Path) ->
 
     storage = f"sqlite:///{tmp_path}/studies.db"
     with pytest.raises(KeyboardInterrupt):
-        measured_search(folder, storage=storage, progress=Impatient())
+        measured_search(folder, storage=storage, study_name="mine", progress=Impatient())
     said = Spoken()
-    resumed = measured_search(folder, storage=storage, progress=said)
+    resumed = measured_search(folder, storage=storage, study_name="mine", progress=said)
     assert resumed.evaluations == 0
     assert any("goes on" in line for line in said.lines)
-
-
-@pytest.mark.slow
-def test_another_table_is_another_search(folder: Path, tmp_path: Path) -> None:
-    storage = f"sqlite:///{tmp_path}/studies.db"
-    measured_search(folder, storage=storage, study_name="mine")
+    assert before_measuring(resumed) == before_measuring(whole), "the same table gives the same trials"
     (kept,) = (folder / "tables").iterdir()
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / kept.name).write_text(kept.read_text().replace('"held_out": 5', '"held_out": 4'))
     with pytest.raises(InputError, match=r"study 'mine' .* belongs to another search .*costs was"):
         measured_search(tmp_path, storage=storage, study_name="mine")
+
+
+def before_measuring(result: Result) -> list[tuple[Candidate, float]]:
+    """The trials up to the first that was measured."""
+    first = next(i for i, t in enumerate(result.trials) if t.candidate.measure)
+    return [(t.candidate, t.score) for t in result.trials[: first + 1]]
 
 
 @pytest.mark.slow
@@ -191,8 +178,7 @@ def test_a_hanging_worker_costs_one_line_and_no_trial(
     with caplog.at_level(logging.WARNING, "autoprune"):
         result = measured_search(folder)
     assert caplog.text.count("was killed; another one is started") == 1
-    unmeasured = next(i for i, t in enumerate(whole.trials) if t.candidate.measure)
-    assert [t.candidate for t in result.trials][:unmeasured] == [t.candidate for t in whole.trials][:unmeasured]
+    assert before_measuring(result) == before_measuring(whole)
     assert not any(t.error for t in result.trials)
 
 
@@ -297,17 +283,18 @@ class SaysWhatDenseTakes:
             raise InputError(repr(float(costs["latency_ms"].predict(space.dense()))))
 
 
-@pytest.mark.parametrize(("budget", "absolute"), [("latency_0.01ms", True), ("latency_50pct", False)])
-def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(
-    folder: Path, budget: str, absolute: bool
-) -> None:
+def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(tmp_path: Path, unheeding: None) -> None:
     """By as much as the dense network's interval reaches above its value; a ratio is spared the pace."""
-    with pytest.raises(InputError) as said:
-        measured_search(folder, budget=budget, strategy={"_target_": f"{__name__}.SaysWhatDenseTakes"})
-    (path,) = (folder / "tables").iterdir()
-    table = CostTable.from_json(json.loads(path.read_text()))
-    assert table.dense.high > table.dense.value
-    assert float(str(said.value)) == pytest.approx(table.dense.high if absolute else table.dense.value)
+    few, strategy = Profile(networks=8, held_out=1), {"_target_": f"{__name__}.SaysWhatDenseTakes"}
+    said = {}
+    for budget in ("latency_0.01ms", "latency_50pct"):
+        with pytest.raises(InputError) as refused:
+            measured_search(tmp_path, budget=budget, profile=few, strategy=strategy)
+        said[budget] = float(str(refused.value))
+    (path,) = (tmp_path / "tables").iterdir()
+    dense = CostTable.from_json(json.loads(path.read_text())).dense
+    assert dense.high > dense.value
+    assert list(said.values()) == pytest.approx([dense.high, dense.value])
 
 
 def test_strategies_aim_below_a_measured_limit_only(whole_costs: Costs) -> None:

@@ -38,13 +38,6 @@ class TestNetAdapt(StrategyContract):
         return NetAdapt(space, budgets, costs, seed=seed, start="dense")
 
 
-class TestNetAdaptFromAnAllocation(StrategyContract):
-    def make(
-        self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int
-    ) -> Strategy:
-        return NetAdapt(space, budgets, costs, seed=seed)
-
-
 class TestNetAdaptByRatio(StrategyContract):
     def make(
         self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_a_diverging_fine_tune_says_so() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"epochs": -1}, {"epochs": 1, "lr_fraction": 0}, {"epochs": 1, "teach": 1.5}])
-def test_a_wrong_plan_is_refused(wrong: dict[str, float]) -> None:
+def test_a_wrong_plan_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="must hold, got"):
         FineTune(**wrong)
 

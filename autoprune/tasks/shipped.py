@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from autoprune import untrusted
-from autoprune.core import InputError, Task
+from autoprune.core import InputError, Past, Task
 from autoprune.tasks.images import ImageBatches
 from autoprune.tasks.resnet import ResNet
 
@@ -57,8 +58,17 @@ def resnet20_task(
         loss=F.cross_entropy,
         metric=MulticlassAccuracy(10, average="micro"),
         lr=record["recipe"]["max_lr"],
+        past=Past(epochs=record["recipe"]["epochs"], schedule=one_cycle),
         notes=(f"data: {source}, {len(train)} training, {len(search)} search and {len(arrays['y_test'])} test images",),
     )
+
+
+def one_cycle(done: float) -> float:
+    """The learning rate of the checkpoints' training, as a fraction of its highest, at a fraction of the steps: up for
+    a quarter and down for the rest, both as a cosine (torch.optim.lr_scheduler.OneCycleLR)."""
+    start, peak, end, up = 1 / 25, 1.0, 1 / 25e4, 0.25
+    low, part = (start, done / up) if done < up else (end, (1 - done) / (1 - up))
+    return low + (peak - low) * (1 - math.cos(math.pi * part)) / 2
 
 
 def load_weights(model: nn.Module, name: str, checkpoint: str | None) -> None:

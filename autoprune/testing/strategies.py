@@ -56,7 +56,7 @@ class StrategyContract:
 
     def test_the_budget_is_reached(self) -> None:
         for seed in range(5):
-            for limit in (0.3, 0.5, 0.8):
+            for limit in (0.3, 0.8):  # 0.5 is the world's own, in the other tests
                 found = answer(self._play(World(seed, limit=limit)))
                 assert found.feasible
 

@@ -37,8 +37,9 @@ from autoprune.final import healed
 from autoprune.meters.device import Device
 from autoprune.meters.latency import Latency
 from autoprune.prune import choose_units
+from autoprune.recipe import HEALING, RECOVERY
 from autoprune.reconstruct import Reconstruction
-from autoprune.recover import HEALING, FineTune, finetune, recalibrate
+from autoprune.recover import FineTune, finetune, recalibrate
 from autoprune.space import trace
 from autoprune.tasks import cifar10_resnet20, fashion_mnist_resnet20
 
@@ -83,7 +84,7 @@ def _searched(task: Task, strategy: str, budget: str, seed: int, recovery: str) 
         budget=budget,
         strategy=strategy,
         seed=seed,
-        scoring=Scoring(recovery=HEALING[HEALING.index(recovery) :]),
+        scoring=Scoring(recovery=RECOVERY[RECOVERY.index(recovery) :]),
         final=FineTune(epochs=EPOCHS),
         tables=TABLES,
         cache=CACHE,
