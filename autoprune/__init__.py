@@ -8,23 +8,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from autoprune.core import Budget, InputError, PruningSpace, Task
+    from autoprune.core import Budget, InputError, Past, PruningSpace, Task
     from autoprune.diagnosis import doctor
+    from autoprune.evaluate import Scoring
     from autoprune.measuring import latency, profile
     from autoprune.prune import RatioTable
     from autoprune.pruning_env import LayerPruningEnv
     from autoprune.recover import FineTune
     from autoprune.result import Result
+    from autoprune.rounds import Final
     from autoprune.run import environment, search
 
 _HOMES = {
     "Budget": "core",
+    "Final": "rounds",
     "FineTune": "recover",
     "InputError": "core",
     "LayerPruningEnv": "pruning_env",
+    "Past": "core",
     "PruningSpace": "core",
     "RatioTable": "prune",
     "Result": "result",
+    "Scoring": "evaluate",
     "Task": "core",
     "doctor": "diagnosis",
     "environment": "run",
@@ -34,12 +39,15 @@ _HOMES = {
 }
 __all__ = [
     "Budget",
+    "Final",
     "FineTune",
     "InputError",
     "LayerPruningEnv",
+    "Past",
     "PruningSpace",
     "RatioTable",
     "Result",
+    "Scoring",
     "Task",
     "doctor",
     "environment",

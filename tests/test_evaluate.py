@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -91,6 +92,55 @@ def test_reconstruction_helps_beyond_recalibration() -> None:
     recalibrated, rebuilt, both = each
     assert neither.loss > recalibrated.loss > both.loss
     assert neither.loss > rebuilt.loss > both.loss
+
+
+def healed(recovery: Sequence[Any], how: str = "short", **short: Any) -> dict[str, torch.Tensor]:
+    """The network of a candidate that this recovery healed; with settings of its short fine-tunes."""
+    ours = _patient()
+    plan = replace(ours.scoring, recovery=recovery, short=replace(ours.scoring.short, **short))
+    ours.healer.care = replace(ours.healer.care, recipe=plan.recipe)
+    return ours.recovered(half(how)).state_dict()
+
+
+@functools.cache
+def _patient() -> Evaluator:
+    return evaluator()
+
+
+def alike(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_each_step_does_its_own_and_nothing_else() -> None:
+    cut, statistics = healed([]), {"running_mean", "running_var", "num_batches_tracked"}
+
+    def changed(recovery: Sequence[Any], how: str = "short") -> set[str]:
+        found = healed(recovery, how)
+        return {name.rpartition(".")[2] for name in cut if not torch.equal(cut[name], found[name])}
+
+    assert changed(["bn_recalibrate"]) == statistics
+    assert changed(["reconstruct"]) == {"weight"}
+    assert changed(["bn_recalibrate", "reconstruct"]) == {"weight"} | statistics
+    assert changed(["finetune", "distill"], "probe") == set(), "what trains is for the short recovery"
+    assert changed(["finetune"]) == {"weight", "bias"} | statistics
+
+
+def test_the_order_of_the_steps_is_kept() -> None:
+    three = {"finetune": {"steps": 3}}
+    after, before = healed([three, "bn_recalibrate"]), healed(["bn_recalibrate", three])
+    assert not alike(after, before)
+    seen = next(tensor for name, tensor in after.items() if name.endswith("tracked"))
+    assert seen == 2, "its two batches are what was seen last"
+    assert alike(healed(["bn_recalibrate", three], teach=0.7), before), "a fine-tune has no teacher"
+
+
+def test_lessons_are_of_distill_alone() -> None:
+    settings: dict[str, Any] = {"steps": 3, "teach": 0.5, "temperature": 2.0}
+    taught = healed([{"distill": settings}])
+    assert not alike(taught, healed([{"finetune": {"steps": 3}}]))
+    assert not alike(taught, healed([{"distill": settings | {"temperature": 8.0}}]))
+    assert alike(taught, healed(["distill"], **settings)), "by default as evaluator.short says"
+    assert alike(healed([{"distill": settings | {"teach": 0.0}}]), healed([{"finetune": {"steps": 3}}]))
 
 
 def test_the_dense_candidate_is_not_changed_by_reconstruction() -> None:
