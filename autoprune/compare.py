@@ -26,6 +26,7 @@ from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, 
 from autoprune.crew import WorkersLostError
 from autoprune.evaluate import Scoring
 from autoprune.final import healed, test
+from autoprune.keywords import positional_task
 from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.result import Result
 from autoprune.writing import append, whole
@@ -155,6 +156,7 @@ def _digest(identity: str, strategy: Mapping[str, Any]) -> str:
 
 
 def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str, recovery: Sequence[str]) -> Row:
+    task = positional_task(task)
     with seeded(key[2]):
         batches = first(task.train, BATCHES)
     (before,) = test(task, [healed(task, result.table, batches, recovery)])

@@ -192,13 +192,14 @@ class RatioTable:
         Raises:
             InputError: another architecture; the message names the first group that does not match.
         """
+        by_name = isinstance(inputs, Mapping)
         model, inputs, (batches, reconstruct) = unnamed(model, inputs, batches, reconstruct)
         traced, shown = self.traced(model, inputs), list(reconstruct)
         table = self._ranked(traced, model, criterion, batches, loss)
         smaller = traced.cut(model, table.kept)
         if shown and traced.narrows:
             Reconstruction(model, traced, shown).apply(smaller, table.kept)
-        return named(smaller)
+        return named(smaller) if by_name else smaller
 
     @property
     def kept(self) -> tuple[Labels, ...]:
@@ -247,6 +248,7 @@ class RatioTable:
         Raises:
             InputError: another architecture, or weights that do not fit the pruned network.
         """
+        by_name = isinstance(inputs, Mapping)
         model, inputs, _ = unnamed(model, inputs)
         traced = self.traced(model, inputs)
         smaller = traced.cut(model, [np.arange(len(g.units)) for g in self.groups])
@@ -256,7 +258,7 @@ class RatioTable:
         except (RuntimeError, *untrusted.DAMAGED) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{weights} does not hold the weights of this pruned network: {first}") from error
-        return named(smaller)
+        return named(smaller) if by_name else smaller
 
     def traced(self, model: nn.Module, inputs: tuple[Tensor, ...]) -> TracedModel:
         """A model of the dense architecture, traced.

@@ -14,6 +14,7 @@ from zoo import ZOO
 
 from autoprune import criteria
 from autoprune.core import InputError
+from autoprune.keywords import positional
 from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
 from autoprune.space import trace
 from autoprune.tasks.resnet import ResNet
@@ -26,8 +27,8 @@ def network(seed: int = 0, width: int = 8, classes: int = 10) -> nn.Module:
     return ResNet(depth=8, width=width, classes=classes).eval()
 
 
-def table_of(model: nn.Module, ratio: float = 0.5) -> RatioTable:
-    traced = trace(model, INPUTS)
+def table_of(model: nn.Module, ratio: float = 0.5, inputs: tuple[torch.Tensor, ...] = INPUTS) -> RatioTable:
+    traced = trace(model, inputs)
     scores = criteria.l1(model, traced.slices)
     ratios = [min(g.levels, key=lambda level: abs(level - ratio)) for g in traced.space.groups]
     kept = choose_units(traced.space, scores, ratios)
@@ -168,3 +169,30 @@ def test_a_table_that_keeps_none_of_a_group_is_refused() -> None:
     empty = dataclasses.replace(table, groups=(dataclasses.replace(table.groups[0], units=()), *table.groups[1:]))
     with pytest.raises(InputError, match="keeps none of the 8 units of group 'conv1'"):
         empty.prune(model, INPUTS)
+
+
+class Named(nn.Module):
+    """Called by keywords alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.out = nn.Linear(6, 8), nn.Linear(4, 8), nn.Linear(8, 3)
+
+    def forward(self, *, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.relu(self.one(one) + self.other(other)))  # type: ignore[no-any-return]
+
+
+def test_a_pruned_network_is_called_as_the_given_one_is(tmp_path: Path) -> None:
+    """By keywords where its inputs were given so, by position where it was made to take them so before."""
+    model, inputs = Named(), {"other": torch.randn(2, 4), "one": torch.randn(2, 6)}
+    adapted, ordered = positional(model, tuple(inputs)), tuple(inputs.values())
+    table = table_of(adapted, inputs=ordered)
+    by_name, by_place = table.prune(model, inputs), table.prune(adapted, ordered)
+    assert by_name.get_parameter("one.weight").shape == (4, 6)
+    with torch.no_grad():
+        assert torch.equal(by_name(**inputs), by_place(*ordered))
+        safetensors.torch.save_file(by_name.state_dict(), tmp_path / "pruned.safetensors")
+        again = table.rebuild(model, inputs, tmp_path / "pruned.safetensors")
+        again_by_place = table.rebuild(adapted, ordered, tmp_path / "pruned.safetensors")
+        assert torch.equal(again(**inputs), by_name(**inputs))
+        assert torch.equal(again_by_place(*ordered), by_name(**inputs))
