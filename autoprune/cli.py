@@ -180,7 +180,7 @@ def _compare(words: Sequence[str]) -> int:
             progress=screen,
             **settings,
         )
-    report.show_comparison(compare.table(rows), [folder / name for name in compare.FILES])
+    report.show_comparison(compare.told(rows), [folder / name for name in compare.FILES])
     wanted = len(budgets) * len(strategies) * len(config["seeds"])
     return MET if len(rows) == wanted and all(row.met for row in rows) else NOT_MET
 

@@ -1,5 +1,6 @@
 """Strategies side by side: the same task, budgets and seeds, and as many candidates where a strategy counts them; one
-table and one plot.
+table, one plot, and the standard report that the field's benchmark asks for (Blalock, Gonzalez Ortiz, Frankle and
+Guttag, "What is the State of Neural Network Pruning?", MLSys 2020, arXiv 2003.03033).
 
 Letters: S seeds.
 """
@@ -33,6 +34,15 @@ from autoprune.writing import append, whole
 
 FILES = ("comparison.csv", "comparison.md", "comparison.svg")
 BATCHES = 8  # of training, for what answers get before they are fine-tuned
+MEANINGS = (  # of the standard report's words
+    "compression ratio: parameters of the dense network / of the pruned one, masked weights not counted",
+    "theoretical speed-up: multiply-adds of the dense network / of the pruned one, masked weights not counted",
+    "mean±half width of its 95 % interval over the seeds (Student's t); one seed has no interval",
+)
+TOP = "top-1, top-5: percent of the test split whose class has the highest output, or one of the five highest"
+WHEN = "before → after: the final fine-tune, as in the table above"
+NO_TOP5 = "no top-5: the task has no more than five classes"
+NO_TOP = "no top-1 and top-5: the task's outputs are no scores of classes; its metric is in the table above"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +50,8 @@ class Row:
     """One search. use: the largest fraction of a limit that its network takes. before, fine_tuned: the metric on the
     test split, of the answer as `evaluator.recovery` leaves it without training, and after the final fine-tune; dense:
     of the dense network. trials: how many candidates were scored, finalists and answers included; seconds: from the
-    first to the last, with what the strategy thought between. made_of: a digest of all settings."""
+    first to the last, with what the strategy thought between. compression, theoretical_speed_up: see Result. top1_*,
+    top5_*: as the metric at each of its three times, see final.Tested. made_of: a digest of all settings."""
 
     budget: str
     strategy: str
@@ -52,6 +63,14 @@ class Row:
     fine_tuned: float
     trials: int
     seconds: float
+    compression: float
+    theoretical_speed_up: float
+    top1_dense: float | None
+    top1_before: float | None
+    top1_fine_tuned: float | None
+    top5_dense: float | None
+    top5_before: float | None
+    top5_fine_tuned: float | None
     made_of: str
 
 
@@ -144,7 +163,7 @@ def compare(
             row = _row(task, result, key, digest, [step.name for step in healing])
             _append(file, row)
         rows.append(row)
-        for name, content in zip(FILES[1:], ("\n".join(table(rows)) + "\n", plot(rows)), strict=True):
+        for name, content in zip(FILES[1:], ("\n".join(told(rows)) + "\n", plot(rows)), strict=True):
             with whole(folder / name) as temporary:
                 temporary.write_text(content)
     return tuple(rows)
@@ -156,7 +175,7 @@ def _digest(identity: str, strategy: Mapping[str, Any]) -> str:
 
 
 def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str, recovery: Sequence[str]) -> Row:
-    task = positional_task(task)
+    task, scores = positional_task(task), result.scores
     with seeded(key[2]):
         batches = first(task.train, BATCHES)
     (before,) = test(task, [healed(task, result.table, batches, recovery)])
@@ -166,16 +185,29 @@ def _row(task: Task, result: Result, key: tuple[str, str, int], digest: str, rec
         seed=key[2],
         met=result.met,
         use=max(result.measured[b.cost].value / b.limit for b in result.budgets),
-        dense=result.scores.test_dense,
-        before=before,
-        fine_tuned=result.scores.test_recovered,
+        dense=scores.test_dense,
+        before=before.metric,
+        fine_tuned=scores.test_recovered,
         trials=len(result.trials),
         seconds=round(result.seconds_searching, 1),
+        compression=result.compression,
+        theoretical_speed_up=result.theoretical_speed_up,
+        top1_dense=scores.top1_dense,
+        top1_before=before.top1,
+        top1_fine_tuned=scores.top1_recovered,
+        top5_dense=scores.top5_dense,
+        top5_before=before.top5,
+        top5_fine_tuned=scores.top5_recovered,
         made_of=digest,
     )
 
 
 # ------------------------------------------------------------------------------------------------- what people see
+
+
+def told(rows: Sequence[Row]) -> list[str]:
+    """All that is told in words: the table, and the standard report once there is a row."""
+    return [*table(rows), *(["", "standard report (Blalock et al., MLSys 2020):", "", *standard(rows)] if rows else [])]
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -184,8 +216,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         "| budget | strategy | met | of the limit | before fine-tuning | fine-tuned | against dense | trials | s |",
         "|---" * 9 + "|",
     ]
-    for budget, strategy in dict.fromkeys((row.budget, row.strategy) for row in rows):
-        own = [row for row in rows if (row.budget, row.strategy) == (budget, strategy)]
+    for (budget, strategy), own in _by_line(rows).items():
         cells = [budget, strategy, f"{sum(row.met for row in own)} of {len(own)}"]
         cells += [f"{statistics.mean(row.use for row in own):.3f}"]
         cells += [with_half_width([100 * row.before for row in own])]
@@ -194,6 +225,45 @@ def table(rows: Sequence[Row]) -> list[str]:
         cells += [f"{statistics.mean(value):.0f}" for value in zip(*((r.trials, r.seconds) for r in own), strict=True)]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def standard(rows: Sequence[Row]) -> list[str]:
+    """A Markdown table, a line for the dense network, which is the same for all, and one for each budget and strategy:
+    means over the seeds with their 95 % interval; below it what each of its words means."""
+    tops = [top for top in ("1", "5") if all(None not in _top(top, row) for row in rows)]
+    heads = ["budget", "strategy", "seeds", "compression ratio", "theoretical speed-up"]
+    lines = [[*heads, *(f"top-{top} before → after" for top in tops)]]
+    lines.append(["", "dense", "", "1", "1"])
+    lines[-1] += [f"{100 * statistics.mean(_top(top, row)[0] for row in rows):.2f}" for top in tops]
+    for (budget, strategy), own in _by_line(rows).items():
+        cells = [budget, strategy, str(len(own))]
+        cells += [_narrow([row.compression for row in own]), _narrow([row.theoretical_speed_up for row in own])]
+        for top in tops:
+            _, before, after = zip(*(_top(top, row) for row in own), strict=True)
+            cells.append(f"{_narrow([100 * share for share in before])} → {_narrow([100 * share for share in after])}")
+        lines.append(cells)
+    head, *rest = ("| " + " | ".join(cells) + " |" for cells in lines)
+    notes = [*MEANINGS, *((NO_TOP,), (TOP, NO_TOP5, WHEN), (TOP, WHEN))[len(tops)]]
+    return [head, "|---" * len(lines[0]) + "|", *rest, "", *(f"- {note}" for note in notes)]
+
+
+def _top(count: str, row: Row) -> tuple[Any, Any, Any]:
+    """top1_* or top5_* of the dense network, before the fine-tune and after it."""
+    dense, before, after = (getattr(row, f"top{count}_{when}") for when in ("dense", "before", "fine_tuned"))
+    return dense, before, after
+
+
+def _by_line(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each budget and strategy."""
+    lines: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        lines.setdefault((row.budget, row.strategy), []).append(row)
+    return lines
+
+
+def _narrow(values: Sequence[float]) -> str:
+    """As with_half_width, where a line holds many."""
+    return with_half_width(values).replace(" ", "")
 
 
 def with_half_width(values: Sequence[float]) -> str:
@@ -251,6 +321,7 @@ def read(file: Path) -> tuple[Row, ...]:
         "float": _finite,
         "bool": {"True": True, "False": False}.__getitem__,
         "str": str,
+        "float | None": lambda text: _finite(text) if text else None,
     }
     try:
         return tuple(

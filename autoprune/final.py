@@ -1,4 +1,7 @@
-"""The last steps of a search, and of a ratio table in someone's training: fine-tune, read the test split."""
+"""The last steps of a search, and of a ratio table in someone's training: fine-tune, read the test split.
+
+Letters: N images, C classes.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from autoprune import components
 from autoprune.borrowing import arguments, first, seeded, to_device
@@ -28,6 +31,7 @@ from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
 FINAL = Final(epochs=3)
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +101,15 @@ def finetune_table(
     model, kept = pruner.pruned([g.ratio for g in table.groups], plan)
     table = table.keeping(kept)
     progress.stage("reading the test split", None)
-    test_dense, test_recovered = test(task, [teacher, model])
+    dense, recovered = test(task, [teacher, model])
     inputs = to_device(task.inputs, device)
     costs = counted(teacher, inputs), counted(model, inputs)  # as long as both are called by position
     return FineTuned(
         table=table,
         model=named(model),
         metric=type(task.metric).__name__,
-        test_dense=test_dense,
-        test_recovered=test_recovered,
+        test_dense=dense.metric,
+        test_recovered=recovered.metric,
         dense=costs[0],
         measured=costs[1],
         seconds=time.perf_counter() - began,
@@ -174,24 +178,76 @@ def tuning(task: Task, *, teacher: nn.Module | Teacher, seed: int, progress: Pro
     return tune
 
 
-def test(task: Task, models: Sequence[nn.Module]) -> list[float]:
-    """The metric of each model on the test split, read once.
+@dataclass(frozen=True)
+class Tested:
+    """A network on the test split. metric: the task's, in its own sign. top1, top5: the share of images whose class is
+    the one of highest output, or among the five of highest; None where the task does not classify (see Places), or has
+    no more than one class, or five."""
+
+    metric: float
+    top1: float | None
+    top5: float | None
+
+
+def test(task: Task, models: Sequence[nn.Module]) -> list[Tested]:
+    """What each model does on the test split, read once.
 
     Raises:
         InputError: the split is empty, or reading or scoring it raised.
     """
-    metrics = [copy.deepcopy(task.metric) for _ in models]
+    metrics, places = [copy.deepcopy(task.metric) for _ in models], [Places() for _ in models]
     read = 0
     try:
         with torch.inference_mode(), seeded(0):
             for inputs, target in task.test:
                 read += 1
-                for model, metric in zip(models, metrics, strict=True):
+                for model, metric, found in zip(models, metrics, places, strict=True):
                     device = next(model.parameters()).device
+                    output, wanted = model(*arguments(inputs, device)), to_device(target, device)
+                    found.update(output, wanted)
                     metric.to(device)
-                    metric.update(model(*arguments(inputs, device)), to_device(target, device))
+                    metric.update(output, wanted)
     except Exception as error:
         raise InputError(f"task '{task.name}': reading test raised {components.described(error)}") from error
     if not read:
         raise InputError(f"task '{task.name}': test holds no batch")
-    return [float(metric.compute()) for metric in metrics]
+    pairs = zip(metrics, places, strict=True)
+    return [Tested(float(metric.compute()), found.within(1), found.within(5)) for metric, found in pairs]
+
+
+class Places:
+    """Where the class of each image stands among all classes by a network's output: 0 for that of highest output, of
+    equal ones the first, as of argmax.
+
+    What a task classifies is told by its batches: outputs are one tensor of floats [N, C], targets one of whole numbers
+    [N] from 0 to C - 1.
+    """
+
+    def __init__(self) -> None:
+        self._classes: set[int] = set()  # C of each batch, 0 where it is of no classification
+        self._places: list[Tensor] = []
+
+    def update(self, output: Any, target: Any) -> None:
+        classes = _classes(output, target)
+        self._classes.add(classes)
+        if classes:
+            order = output.argsort(dim=1, descending=True, stable=True)
+            self._places.append((order == target[:, None]).int().argmax(dim=1))
+
+    def within(self, count: int) -> float | None:
+        """The share of images whose class is among the first so many; None unless all batches were of one
+        classification of more classes than that."""
+        if len(self._classes) != 1 or max(self._classes) <= count:
+            return None
+        places = torch.cat(self._places)
+        return int((places < count).sum()) / len(places)
+
+
+def _classes(output: Any, target: Any) -> int:
+    """C of a batch, 0 where it is of no classification."""
+    if not (isinstance(output, Tensor) and output.dim() == 2 and output.is_floating_point()):
+        return 0
+    if not (isinstance(target, Tensor) and target.shape == output.shape[:1] and target.dtype in WHOLE):
+        return 0
+    classes = output.shape[1]
+    return classes if bool(((target >= 0) & (target.long() < classes)).all()) else 0

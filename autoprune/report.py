@@ -174,7 +174,7 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
 
 
 def show_comparison(lines: Sequence[str], files: Sequence[Path]) -> None:
-    """The last screen of a comparison: its table, and where it is kept."""
+    """The last screen of a comparison: its tables, and where they are kept."""
     _lines(Console(), *lines, f"files: {', '.join(map(str, files))}")
 
 

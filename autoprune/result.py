@@ -18,7 +18,7 @@ SCHEMA = 1
 class Scores:
     """The task's metric, in its own sign. dense, pruned (after the search's recovery; before all training where the
     answer was chosen on a part of the images) and recovered (after the final fine-tune) on the search split's subset;
-    test_* on the test split, read once."""
+    test_* on the test split, read once, as are top1_* and top5_*, see final.Tested."""
 
     metric: str
     dense: float
@@ -26,6 +26,10 @@ class Scores:
     recovered: float
     test_dense: float
     test_recovered: float
+    top1_dense: float | None
+    top1_recovered: float | None
+    top5_dense: float | None
+    top5_recovered: float | None
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,16 @@ class Result:
     @property
     def met(self) -> bool:
         return all(b.met(self.measured[b.cost]) for b in self.budgets)
+
+    @property
+    def compression(self) -> float:
+        """The compression ratio: the dense network's parameters by the final one's, masked weights not counted."""
+        return self.dense["params"].value / self.measured["params"].value
+
+    @property
+    def theoretical_speed_up(self) -> float:
+        """The dense network's multiply-adds by the final one's, masked weights not counted."""
+        return self.dense["macs"].value / self.measured["macs"].value
 
     def _answers(self) -> list[dict[str, Any]]:
         """Predicted against measured, for the trials that were measured."""

@@ -89,14 +89,18 @@ def _scores(evaluator: Evaluator, answer: Answer, progress: Progress) -> Scores:
     sign = -1.0 if task.metric.higher_is_better is False else 1.0
     recovered = sign * evaluator.scored(answer.model).score
     progress.stage("reading the test split", None)
-    test_dense, test_recovered = test(task, [evaluator.dense_model, answer.model])
+    of_dense, of_answer = test(task, [evaluator.dense_model, answer.model])
     return Scores(
         metric=type(task.metric).__name__,
         dense=sign * evaluator.dense().score,
         pruned=sign * answer.pruned,
         recovered=recovered,
-        test_dense=test_dense,
-        test_recovered=test_recovered,
+        test_dense=of_dense.metric,
+        test_recovered=of_answer.metric,
+        top1_dense=of_dense.top1,
+        top1_recovered=of_answer.top1,
+        top5_dense=of_dense.top5,
+        top5_recovered=of_answer.top5,
     )
 
 

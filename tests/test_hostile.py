@@ -527,7 +527,7 @@ def test_markup_in_a_budget_is_text(capsys: pytest.CaptureFixture[str]) -> None:
 # ------------------------------------------------------------------------------------------ what is kept between runs
 
 HEAD = ",".join(compare.Row.__annotations__) + "\n"
-ROW = "flops_50pct,random,0,True,0.9,0.9,0.8,0.9,10,3.0,abc\n"
+ROW = "flops_50pct,random,0,True,0.9,0.9,0.8,0.9,10,3.0,2.5,2.0,0.9,0.8,0.9,,,,abc\n"
 
 
 @pytest.mark.parametrize(
