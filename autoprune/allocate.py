@@ -15,7 +15,7 @@ Letters: G groups, L levels of one group.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,17 +71,39 @@ def within(losses: Sequence[Floats], least: Sequence[int], most: Sequence[int]) 
     return rows
 
 
-def evenly(
-    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
+def first(
+    choices: Iterable[tuple[int, ...]], keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:
-    """The baseline: level indices nearest above one common ratio, the least that `keeps` every limit; a group that has
-    no such level gives its deepest. Of the blocks, that share of them goes, evenly spread over the depth.
+    """The first of these choices of level indices that `keeps` every limit.
 
     losses: [L] a group, as of `allocate`: an infinite entry is a level that may not be taken.
 
     Raises:
-        InfeasibleError: no common ratio does.
+        InfeasibleError: none does.
     """
+    for levels in choices:
+        if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
+            return levels
+    raise InfeasibleError
+
+
+def evenly(
+    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
+) -> tuple[int, ...]:
+    """The baseline: the first of `common_ratios`; see `first`."""
+    return first(common_ratios(space), keeps, losses)
+
+
+def globally(
+    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
+) -> tuple[int, ...]:
+    """As `evenly`, one threshold of importance standing for one ratio: the first of `common_thresholds`."""
+    return first(common_thresholds(space), keeps, losses)
+
+
+def common_ratios(space: PruningSpace) -> Iterator[tuple[int, ...]]:
+    """Level indices nearest above one common ratio, from the least ratio to the largest; a group that has no such level
+    gives its deepest. Of the blocks, that share of them goes, evenly spread over the depth."""
     blocks = [i for i, group in enumerate(space.groups) if group.kind == "block"]
     widths = {level for group in space.groups if group.kind != "block" for level in group.levels}
     for common in sorted(widths | {k / len(blocks) for k in range(len(blocks) + 1) if blocks}):
@@ -89,26 +111,13 @@ def evenly(
         out = {blocks[int((k + 0.5) * len(blocks) / count)] for k in range(count)}
         each = ((i for i, ratio in enumerate(g.levels) if ratio >= common) for g in space.groups)
         levels = tuple(next(i, len(g.levels) - 1) for i, g in zip(each, space.groups, strict=True))
-        levels = tuple(int(g in out) if g in blocks else level for g, level in enumerate(levels))
-        if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
-            return levels
-    raise InfeasibleError
+        yield tuple(int(g in out) if g in blocks else level for g, level in enumerate(levels))
 
 
-def globally(
-    space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
-) -> tuple[int, ...]:
-    """The level indices of the first of the space's thresholds that `keeps` every limit; as `evenly`, one threshold of
-    importance standing for one ratio.
-
-    Raises:
-        InfeasibleError: no threshold does, or the space has none.
-    """
+def common_thresholds(space: PruningSpace) -> Iterator[tuple[int, ...]]:
+    """Level indices of the space's thresholds, from the least that is removed to the most."""
     for ratios in space.thresholds:
-        levels = tuple(g.levels.index(ratio) for g, ratio in zip(space.groups, ratios, strict=True))
-        if all(np.isfinite(row[i]) for row, i in zip(losses, levels, strict=False)) and keeps(levels):
-            return levels
-    raise InfeasibleError
+        yield tuple(g.levels.index(ratio) for g, ratio in zip(space.groups, ratios, strict=True))
 
 
 def allocate(

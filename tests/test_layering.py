@@ -19,6 +19,7 @@ LAYERS = [
         "label_recurrent",
         "grouping",
         "finalists",
+        "descent",
         "pruning_env",
         "reconstruct",
         "curvature",
@@ -43,7 +44,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # what strategies may see
-NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "finalists", "pruning_env", "race", "sweep"}
+NUMBERS = {"agent", "core", "allocate", "borrowing", "bound", "descent", "finalists", "pruning_env", "race", "sweep"}
 ONLY_IN = {
     "stable_baselines3": {"agent.py"},
     "gymnasium": {"pruning_env.py"},
