@@ -105,13 +105,16 @@ class Refusal:
 class PruningSpace:
     """The ordered groups of one model (G of them), and what was refused.
 
-    thresholds: candidates [G] that one threshold of importance over all groups together leads to, from the least that
-    is removed to the most; empty where the units of different groups are not compared.
+    thresholds: of single weights the candidates [G] that one threshold of magnitude over all groups together leads to,
+    from the least that is removed to the most; else empty.
+    importance: of every group how important its units are by the criterion, ascending [U], so that at a ratio the first
+    of them are gone; see `ranked`. Empty where that is not known yet, and of single weights, of which there are many.
     """
 
     groups: tuple[Group, ...]
     refused: tuple[Refusal, ...] = ()
     thresholds: tuple[tuple[float, ...], ...] = ()
+    importance: tuple[tuple[float, ...], ...] = ()
 
     def dense(self) -> tuple[float, ...]:
         """The candidate that removes nothing."""
@@ -150,7 +153,15 @@ class PruningSpace:
     def with_levels(self, levels: Mapping[str, Sequence[float]]) -> PruningSpace:
         """The same space with other levels for the groups named."""
         groups = (dataclasses.replace(g, levels=tuple(levels.get(g.name, g.levels))) for g in self.groups)
-        return PruningSpace(tuple(groups), self.refused, self.thresholds)
+        return dataclasses.replace(self, groups=tuple(groups))
+
+    def ranked(self, importance: Sequence[Iterable[float]]) -> PruningSpace:
+        """The same space with the importance of each group's units, [U] a group in any order; a space that has
+        thresholds is left as it is."""
+        if self.thresholds:
+            return self
+        ascending = (tuple(sorted(map(float, scores))) for scores in importance)
+        return dataclasses.replace(self, importance=tuple(ascending))
 
 
 FLAT = -1  # in place of a dimension
@@ -476,6 +487,14 @@ class Strategy(Protocol):
     def tell(self, trials: Sequence[Trial]) -> None:
         """The trials of the last batch, in its order."""
         ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a strategy has to say of one group, for the report, in a word or two."""
+
+    group: str
+    what: str
 
 
 class Scripted:

@@ -115,7 +115,8 @@ def search(
     evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
     answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
     if answer is None:
-        planner: Strategy = build(prices.traced.space, prices.steered, prices.limited, seed=seed)  # it may refuse
+        ranked = prices.traced.space.ranked(evaluator.importance)
+        planner: Strategy = build(ranked, prices.steered, prices.limited, seed=seed)  # it may refuse
         fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
         name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
         with Study(

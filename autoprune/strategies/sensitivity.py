@@ -24,7 +24,6 @@ import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -38,6 +37,7 @@ from autoprune.core import (
     Budget,
     Candidate,
     CostModel,
+    Finding,
     InputError,
     Measurement,
     PruningSpace,
@@ -58,14 +58,6 @@ TIE = 1e-3  # of evenness, in every allocation: where a curve is level, the budg
 EXCHANGES = 20  # of a round
 SWEEPS = ("bisect", "grid")
 NEGLIGIBLE = 0.01  # of the dense loss: a group whose deepest cut costs less is called insensitive
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What the sweep says of one group, for the report: "insensitive", "impossible" (no level could be scored)."""
-
-    group: str
-    what: str
 
 
 class Sensitivity(Scripted):
@@ -167,7 +159,8 @@ class Sensitivity(Scripted):
         return sorted({round((i + 1) * last / count) for i in range(count)})
 
     def _sweep(self) -> Generator[list[Candidate], Sequence[Trial], list[Losses]]:
-        """Monotone loss increases, one [L] a group; what they tell of the groups goes into the findings."""
+        """Monotone loss increases, one [L] a group; what they tell of the groups goes into the findings: "insensitive",
+        "impossible" (no level could be scored)."""
         (dense,) = yield [Candidate(ratios=self.space.dense(), recovery="none")]
         if self.sweep == "grid":
             losses = yield from self._grid(dense)

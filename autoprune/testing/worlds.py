@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,13 +24,17 @@ from autoprune.core import (
 from autoprune.loop import search
 from autoprune.meters.table import CountedCost
 
+if TYPE_CHECKING:
+    from autoprune.core import Floats
+
 
 class World:
     """A made-up network whose losses and costs are formulas, so that a whole search takes milliseconds.
 
     A chain of G groups: the cost is the sum of products of neighbouring widths, the loss a sum of powers of the ratios
     whose weights spread over two decades, plus a small interaction of neighbours. The counted cost exceeds the
-    predicted one by `bias`, so that a strategy must measure and calibrate.
+    predicted one by `bias`, so that a strategy must measure and calibrate. A unit's importance is what its group's loss
+    rises by when it goes after those that matter less.
     """
 
     def __init__(self, seed: int, *, groups: int = 8, levels: int = 8, limit: float = 0.5, bias: float = 0.03) -> None:
@@ -48,8 +53,14 @@ class World:
         self.budgets = (Budget("macs", limit * cost.predict(self.space.dense()) * (1 + bias), "MACs"),)
         self.weights = 10 ** rng.uniform(-2, 0, groups)
         self.powers = rng.uniform(1.5, 4, groups)
+        self.space = self.space.ranked([self._importance(g) for g in range(groups)])
         self.bias = bias
         self.fails: Callable[[Sequence[float]], bool] = lambda ratios: False
+
+    def _importance(self, group: int) -> Floats:
+        """Of each unit of a group, [U]."""
+        rising = self.weights[group] * np.linspace(0, 1, self.space.groups[group].size + 1) ** self.powers[group]
+        return np.diff(rising)
 
     def loss(self, ratios: Sequence[float]) -> float:
         """The true loss of a candidate."""
