@@ -54,7 +54,7 @@ def needs(depth): return depth
         ("serch", "did you mean search?"),
         (
             "search strategy=magic",
-            "Available options in 'strategy': amc amc_paper netadapt optuna random sensitivity uniform",
+            "Available options in 'strategy': amc amc_paper global netadapt optuna random sensitivity uniform",
         ),
         ("search task=imagenet", "Available options in 'task'"),
         ("search criterion=l3", "Available options in 'criterion'"),

@@ -17,12 +17,14 @@ from torchmetrics import MeanSquaredError
 
 import autoprune
 from autoprune import components, criteria
-from autoprune.core import InputError
+from autoprune.core import Budget, InputError, Term
 from autoprune.costs import counted, counted_models
 from autoprune.evaluate import Scoring
+from autoprune.meters.table import CountedCost
 from autoprune.prune import RatioTable, choose_units
 from autoprune.recover import FineTune, finetune
 from autoprune.space import Space, trace
+from autoprune.strategies.global_threshold import GlobalThreshold
 from autoprune.traced import TracedModel, tensors_of
 
 WEIGHT = Space(grain=("weight",), levels=50, max_ratio=0.98)
@@ -62,6 +64,34 @@ def test_one_threshold_is_global_magnitude_pruning(model: nn.Module, threshold: 
         mask = theirs.get_submodule(group).get_buffer("weight_mask")
         assert torch.equal(ours.get_submodule(group).get_buffer("weight_mask"), mask)
         assert ratio == pytest.approx(1 - float(mask.mean()))
+
+
+@pytest.mark.parametrize("amount", [0.3, 0.5])
+def test_a_search_by_one_threshold_is_global_magnitude_pruning(model: nn.Module, amount: float) -> None:
+    """Whatever the criterion: its importance is of single weights, which are compared by magnitude."""
+    with torch.no_grad():
+        model.get_parameter("3.weight").mul_(0.3)
+    space = trace(model, INPUTS, WEIGHT).space
+    sizes = [g.size for g in space.groups]
+    kept = CountedCost(
+        "params", "parameters", space, (tuple(Term(1.0, (0.0, {g: 1.0}), (1.0, {})) for g in range(len(sizes))),)
+    )
+    limit = Budget("params", (1 - amount) * sum(sizes) + 0.5, "parameters")  # half a weight for rounding
+    space = space.ranked([np.ones(size) for size in sizes])
+    assert not space.importance
+
+    def ratios(floor: float) -> tuple[float, ...]:
+        return GlobalThreshold(space, [limit], {"params": kept}, floor=floor).ask()[0].ratios
+
+    layers = [m for m in model if isinstance(m, nn.Conv2d | nn.Linear)]  # type: ignore[attr-defined]
+    prune.global_unstructured([(m, "weight") for m in layers], prune.L1Unstructured, amount=amount)
+    gone = [1 - float(m.get_buffer("weight_mask").mean()) for m in layers]
+    assert ratios(0.0) == pytest.approx(gone)
+    floor = 1 - 0.9 * max(gone)
+    spared = ratios(floor)
+    assert max(spared) <= 1 - floor
+    assert min(spared) > min(gone), "the threshold is higher for the others"
+    assert kept.predict(spared) <= limit.limit
 
 
 def test_of_every_m_the_n_largest_stay(model: nn.Module) -> None:
@@ -176,7 +206,7 @@ SEARCHES = [("weight", "sensitivity"), ("weight", "netadapt"), ("n_m", "sensitiv
 
 @pytest.mark.parametrize(
     ("grain", "strategy"),
-    [("weight", "uniform"), ("n_m", "uniform"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SEARCHES)],
+    [("weight", "global"), ("n_m", "global"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SEARCHES)],
 )
 def test_every_strategy_searches_and_its_table_rebuilds(grain: str, strategy: str, tmp_path: Path) -> None:
     task = tiny.make_task()

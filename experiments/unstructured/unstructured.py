@@ -37,7 +37,7 @@ SCORING = Scoring(images=5000, short=FineTune(epochs=1))
 NETWORKS = ("lenet", "lenet_cifar10", "auto_encoder")
 EPOCHS = (1, 5)  # of the fine-tune of what is found
 WAYS: dict[str, dict[str, Any]] = {
-    "one threshold": {"_target_": "autoprune.strategies.uniform.Uniform", "by": "threshold"},
+    "one threshold": {"_target_": "autoprune.strategies.global_threshold.GlobalThreshold", "floor": 0.0},
     "sensitivity": {"_target_": "autoprune.strategies.sensitivity.Sensitivity", "exchanges": 4},
 }
 

@@ -22,7 +22,7 @@ from autoprune.testing import (
     World,
 )
 
-BASELINES = {"uniform"}
+BASELINES = {"global", "uniform"}
 SMALLER: dict[str, dict[str, Any]] = {  # the rules hold for any number of candidates; these take seconds
     "amc": {"episodes": 24, "warm_up": 16, "hidden": [16, 16]},
     "amc_paper": {"episodes": 24, "warm_up": 16, "hidden": [16, 16]},
