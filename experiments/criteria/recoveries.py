@@ -1,9 +1,9 @@
-"""Which units go, and how the network heals: what matters? python experiments/criteria/recoveries.py CIFAR10 [PROCESSES]
+"""Which units go, and how the network heals: what matters? python experiments/criteria/recoveries.py DATA [PROCESSES]
 
 Every criterion of conf/criterion with every recovery, at one fixed set of ratios: ResNet-20 of CIFAR-10 at half its
 FLOPs, the same ratio in all groups. Printed is the accuracy on the 5000 images of the search split, the mean over three
-seeds (which training batches are seen, in which order; what `random` draws) and its 95 % interval. CIFAR10: the npz or
-the folder of the official binary files. Rows go to recoveries.csv; those that are there are not made again.
+seeds (which training batches are seen, in which order; what `random` draws) and its 95 % interval. DATA: CIFAR-10 as an
+npz or as the folder of the official binary files. Rows go to recoveries.csv; those that are there are not made again.
 """
 
 from __future__ import annotations
