@@ -25,7 +25,8 @@ from autoprune.core import Candidate, Trial
 if TYPE_CHECKING:
     from autoprune.core import Floats
 
-By = Literal["score", "loss"]
+By = Literal["score", "loss", "either"]
+WAYS: tuple[By, ...] = ("score", "loss", "either")
 # fraction of the images -> of the candidates, how many are scored on them at most
 RUNGS = {0.04: 1.0, 0.15: 0.4, 1.0: 0.15}
 DRAWS = 1000
@@ -36,9 +37,10 @@ def raced(
 ) -> Generator[list[Candidate], Sequence[Trial], list[Trial]]:
     """The last trial of each candidate [M]: of full fidelity those of the best, `keep` of them unless more fail.
 
-    by: what they are compared by; losses tell networks apart that answer alike. error: in (0, 1), how likely the best
-    by that is dropped at a rung for what its images say; more may be dropped where more are left than a rung takes. 0
-    scores all on all images.
+    by: what they are compared by; losses tell networks apart that answer alike, and those stay that may be the best by
+    "either" where the one of best score is asked for among networks that are nearly as good. error: in (0, 1), how
+    likely the best by that is dropped at a rung for what its images say; more may be dropped where more are left than a
+    rung takes. 0 scores all on all images.
     """
     last: dict[int, Trial] = {}
     racing = list(range(len(candidates)))
@@ -57,14 +59,20 @@ def _ahead(trials: Mapping[int, Trial], keep: int, by: By, error: float, seed: i
     ranked = sorted(trials, key=lambda i: (_badness(trials[i], by), trials[i].loss))
     if len(ranked) <= keep or not all(trials[i].parts for i in ranked):
         return ranked
-    column, sign = (0, -1.0) if by == "score" else (1, 1.0)
-    parts = sign * np.asarray([trials[i].parts for i in ranked])[:, :, column]
+    parts = np.asarray([trials[i].parts for i in ranked])
     unseen = 1 - trials[ranked[0]].candidate.fidelity  # of so many images, what is seen already is certain
-    likely = chances(parts, math.sqrt(unseen), seed)
-    order = np.argsort(-likely, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(likely[order]), 1 - error)) + 1
-    staying = {*range(keep), *order[:enough].tolist()}
-    return [i for place, i in enumerate(ranked) if place in staying]
+    likelies = []
+    staying = {*range(keep)}
+    for column, sign in [(0, -1.0)] * (by != "loss") + [(1, 1.0)] * (by != "score"):
+        likely = chances(sign * parts[:, :, column], math.sqrt(unseen), seed)
+        order = np.argsort(-likely, kind="stable")
+        enough = int(np.searchsorted(np.cumsum(likely[order]), 1 - error)) + 1
+        staying |= {*order[:enough].tolist()}
+        likelies.append(likely)
+    places = [place for place in range(len(ranked)) if place in staying]
+    if by == "either":
+        places.sort(key=lambda place: -max(likely[place] for likely in likelies))
+    return [ranked[place] for place in places]
 
 
 def _badness(trial: Trial, by: By) -> float:

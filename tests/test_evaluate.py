@@ -3,7 +3,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCohenKappa
 
-from autoprune.core import Candidate, InputError, Measurement, Meter, Trial
+from autoprune.core import Candidate, CostModel, InputError, Measurement, Meter, Task, Trial
 from autoprune.costs import COUNTING, counted, counted_models
-from autoprune.criteria import l1
+from autoprune.criteria import Scores, l1
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.healer import Healer
 from autoprune.meters.counts import Macs
@@ -39,20 +39,30 @@ from autoprune.scores import (
     subset,
 )
 from autoprune.space import Space, trace
+from autoprune.traced import TracedModel
+
+
+def _known(task: Task) -> tuple[TracedModel, tuple[Scores, ...], Mapping[str, CostModel]]:
+    traced = trace(task.model, task.inputs, Space(levels=6))
+    return traced, l1(task.model, traced.slices), counted_models(task, traced, counted(task.model, task.inputs))
+
+
+@functools.cache
+def _tiny() -> tuple[TracedModel, tuple[Scores, ...], Mapping[str, CostModel]]:
+    return _known(make_task())
 
 
 def evaluator(
     cache: Path | None = None, seed: int = 0, healing: Sequence[Any] = RECOVERY, shared: bool = True, **change: Any
 ) -> Evaluator:
     task = replace(make_task(), **change)
-    traced = trace(task.model, task.inputs, Space(levels=6))
-    dense = counted(task.model, task.inputs)
+    traced, scores, costs = _known(task) if "model" in change else _tiny()
     return Evaluator(
         task,
         traced,
-        l1(task.model, traced.slices),
+        scores,
         budgets=(),
-        costs=counted_models(task, traced, dense),
+        costs=costs,
         meters=COUNTING,
         scoring=Scoring(
             images=400,

@@ -19,7 +19,7 @@ import numpy as np
 from autoprune.bound import Bound, Levels
 from autoprune.core import Budget, Candidate, CostModel, PruningSpace, Recovery, Scripted, check_recovery, check_rules
 from autoprune.finalists import Conversation, Ending
-from autoprune.race import raced
+from autoprune.race import WAYS, By, raced
 
 BURN_IN = 20  # draws that are thrown away, as the walk begins at a choice of its own
 
@@ -28,9 +28,9 @@ class RandomSearch(Scripted):
     """See the module's docstring.
 
     episodes: candidates drawn, all at once; where the surface has fewer, each once. band in (0, 1], thin >= 1: see
-    above. proxy: the recovery that they are scored after. race in [0, 1): how likely the one of least loss may be
-    dropped before it was scored on all images, at a rung of the race (race.py); 0 scores all on all. finalists,
-    attempts, recovery: see finalists.py.
+    above. proxy: the recovery that they are scored after. race in [0, 1): how likely the best may be dropped before it
+    was scored on all images, at a rung of the race (race.py), by its "loss", "score" or, taking half as many images
+    again, "either"; 0 scores all on all. finalists, attempts, recovery: see finalists.py.
 
     Raises:
         InputError: a setting is out of its range.
@@ -48,6 +48,7 @@ class RandomSearch(Scripted):
         thin: int = 5,
         proxy: Recovery = "probe",
         race: float = 0.05,
+        by: By = "loss",
         finalists: int = 3,
         attempts: int = 4,
         recovery: Recovery = "short",
@@ -57,14 +58,15 @@ class RandomSearch(Scripted):
             "0 < band <= 1": 0 < band <= 1,
             "thin >= 1": thin >= 1,
             "0 <= race < 1": 0 <= race < 1,
+            f"by must be one of {', '.join(WAYS)}": by in WAYS,
         }
-        given = {"episodes": episodes, "band": band, "thin": thin, "race": race}
+        given = {"episodes": episodes, "band": band, "thin": thin, "race": race, "by": by}
         check_rules("random", rules, given)
         check_recovery(proxy)
         self.space, self.budgets, self.costs, self.seed = space, tuple(budgets), dict(costs), seed
         self.episodes, self.band, self.thin = episodes, band, thin
         self.proxy: Recovery = proxy
-        self.race, self.finalists = race, finalists
+        self.race, self.by, self.finalists = race, by, finalists
         self._ending = Ending(
             strategy="random",
             space=space,
@@ -84,7 +86,7 @@ class RandomSearch(Scripted):
         drawn = surface(bound, np.random.default_rng(self.seed), band=self.band, thin=self.thin)
         found = list(dict.fromkeys(islice(drawn, BURN_IN, BURN_IN + self.episodes)))
         asked = [Candidate(ratios=bound.space.ratios(levels), recovery=self.proxy) for levels in found]
-        trials = yield from raced(asked, keep=self.finalists, error=self.race, seed=self.seed)
+        trials = yield from raced(asked, keep=self.finalists, by=self.by, error=self.race, seed=self.seed)
         yield from self._ending.best(dict(zip(found, trials, strict=True)))
 
 

@@ -72,19 +72,31 @@ def test_the_contract_rejects_its_fakes(fake: Any, rule: str) -> None:
         getattr(broken, rule)()
 
 
-@pytest.mark.parametrize("name", components.names("strategy"))
-def test_the_same_conversation_in_another_process(name: str) -> None:
-    program = f"""
+PLAYED = f"""
 import json
 from autoprune import components
 from autoprune.testing import World
-world = World(11)
-build = components.bind({values_of(name)!r}, "strategy", (), (), {{}}, seed=3)
-trials = world.play(build(world.space, world.budgets, world.costs, seed=3))
-print(json.dumps([t.candidate.ratios for t in trials]))
+found = {{}}
+for name, values in { ({name: values_of(name) for name in components.names("strategy")})!r}.items():
+    world = World(11)
+    build = components.bind(values, "strategy", (), (), {{}}, seed=3)
+    trials = world.play(build(world.space, world.budgets, world.costs, seed=3))
+    found[name] = [t.candidate.ratios for t in trials]
+print(json.dumps(found))
 """
-    there = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+
+@pytest.fixture(scope="module")
+def there() -> dict[str, list[list[float]]]:
+    """What every strategy asked in another process."""
+    played = subprocess.run([sys.executable, "-c", PLAYED], capture_output=True, text=True, check=True)
+    return dict(json.loads(played.stdout))
+
+
+@pytest.mark.xdist_group("another process")
+@pytest.mark.parametrize("name", components.names("strategy"))
+def test_the_same_conversation_in_another_process(name: str, there: dict[str, list[list[float]]]) -> None:
     build = components.bind(values_of(name), "strategy", (), (), {}, seed=3)
     world = World(11)
     here = world.play(build(world.space, world.budgets, world.costs, seed=3))
-    assert json.loads(there.stdout) == [list(t.candidate.ratios) for t in here]
+    assert there[name] == [list(t.candidate.ratios) for t in here]
