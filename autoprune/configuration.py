@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from autoprune import untrusted
 from autoprune.components import CONF, bind, names
 from autoprune.core import InputError
@@ -38,12 +40,15 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        own_task, rest = _own_task(words, OverridesParser.create())
+        parser = OverridesParser.create()
+        own_task, rest = _own_task(words, parser)
+        own_values, rest = _own_values(command, rest, parser)
         if command == "compare":
             rest = ["++" + word if word.startswith(FREE) else word for word in rest]
         with initialize_config_dir(str(CONF.resolve()), version_base=None):
             config = compose(command, overrides=rest)
             plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
+        config.update(own_values)
         if own_task:
             config.task = own_task
         missing = sorted(OmegaConf.missing_keys(config))
@@ -83,6 +88,15 @@ def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[s
     mine = [word for word in words if word.lstrip("+").startswith("task.")]
     parsed = [parser.parse_override(word) for word in mine]
     return {p.key_or_group.removeprefix("task."): p.value() for p in parsed}, [w for w in words if w not in mine]
+
+
+def _own_values(command: str, words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:
+    """What a command's own keys are given that have the name of a group, as `device` of finetune has: Hydra would look
+    for a YAML of the group."""
+    own = set(GROUPS) & set(yaml.safe_load((CONF / f"{command}.yaml").read_text()))
+    mine = [word for word in words if word.partition("=")[0] in own]
+    parsed = [parser.parse_override(word) for word in mine]
+    return {p.key_or_group: p.value() for p in parsed}, [word for word in words if word not in mine]
 
 
 def _explained(command: str, words: Sequence[str], error: Exception) -> str:

@@ -12,6 +12,7 @@ import yaml
 
 from autoprune import components
 from autoprune.configuration import GROUPS, configured
+from autoprune.core import InputError
 from autoprune.evaluate import Scoring
 from autoprune.final import FINAL
 from autoprune.measuring import device_of
@@ -111,3 +112,11 @@ def test_every_device_yaml_is_named_after_itself(name: str) -> None:
 def test_every_command_composes(command: str) -> None:
     words = ["ratios=x.yaml"] if command == "finetune" else []
     assert configured(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")
+
+
+@pytest.mark.parametrize("words", ["finetune ratios=x.yaml device=cuda"])
+def test_a_value_may_have_the_name_of_a_group(words: str) -> None:
+    command, *rest = words.split()
+    assert configured(command, rest)["device"] == "cuda"
+    with pytest.raises(InputError, match="device must be text, got 5"):
+        configured(command, [*rest, "device=5"])
