@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoprune.components import make_task
 from autoprune.configuration import command_help, config_of, configured, made, save
-from autoprune.core import Budget, DeviceLostError, InputError, StorageError
+from autoprune.core import Budget, DeviceLostError, InputError, StorageError, Task
 from autoprune.crew import WorkersLostError
 from autoprune.writing import is_full
 
@@ -112,7 +112,7 @@ def _search(words: Sequence[str]) -> int:
 
     budgets = _budgets(config["budget"])
     settings = _search_settings(config)
-    task = make_task(config["task"])
+    task = _task(config)
     folder = _run_folder(config, task.name, _short_name(config["strategy"]))
     with _watched() as screen:
         result = run.search(
@@ -127,7 +127,7 @@ def _search(words: Sequence[str]) -> int:
             **settings,
         )
     report.write(result, folder)
-    report.show(result, folder, task_words=[word for word in words if word.startswith("task")])
+    report.show(result, folder, task_words=_of(words, "task", "weights="))
     return MET if result.met else NOT_MET
 
 
@@ -157,15 +157,17 @@ def _search_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _compare(words: Sequence[str]) -> int:
     config = configured("compare", words)
     from autoprune import compare, report
+    from autoprune.prune import weights_hash
 
     given = config["budget"] if isinstance(config["budget"], list) else [config["budget"]]
     budgets = [tuple(_budgets(budget)) for budget in given]
     strategies = compare.planned(config["strategies"], config["evaluations"], config["settings"])
     compare.check(budgets, config["seeds"])
     settings = _search_settings(config)
-    task = make_task(config["task"])
+    task = _task(config)
     lists = ("budget", "strategies", "seeds", "name", "output", "settings", "workers")
-    identity = hashlib.sha256(repr(sorted((k, v) for k, v in config.items() if k not in lists)).encode()).hexdigest()[
+    made_of = config | ({"weights": weights_hash(task.model)} if config["weights"] else {})
+    identity = hashlib.sha256(repr(sorted((k, v) for k, v in made_of.items() if k not in lists)).encode()).hexdigest()[
         :8
     ]
     folder = _run_folder(config, task.name, "compare", str(config["name"] or identity))
@@ -191,7 +193,7 @@ def _doctor(words: Sequence[str]) -> int:
     from autoprune.space import Space
 
     space = made(Space, config["space"], "space")
-    task = make_task(config["task"])
+    task = _task(config)
     with _watched() as screen:
         found = diagnosis.doctor(task, space, progress=screen)
     report.show_diagnosis(found)
@@ -203,7 +205,7 @@ def _profile(words: Sequence[str]) -> int:
     from autoprune import measuring, report
 
     plan = _profile_plan(config)
-    task = make_task(config["task"])
+    task = _task(config)
     with _watched() as screen:
         table, traced = measuring.profile(
             task,
@@ -232,7 +234,7 @@ def _finetune(words: Sequence[str]) -> int:
 
     table = RatioTable.load(config["ratios"])
     plan = made(Final, config["finetune"], "finetune")
-    task = make_task(config["task"])
+    task = _task(config)
     folder = _run_folder(config, task.name, "finetune")
     with _watched() as screen:
         tuned = final.finetune_table(
@@ -260,7 +262,7 @@ def _measure(words: Sequence[str]) -> int:
         )
     folder = Path(words[0])
     config = config_of(folder)
-    task = make_task(config["task"])
+    task = _task(config)
     then, now, budgets = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
     return MET if report.show_again(then, now, budgets) else NOT_MET
 
@@ -283,6 +285,21 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "measure": _measure,
     "report": _report,
 }
+
+
+def _task(config: Mapping[str, Any]) -> Task:
+    """The task of a configuration, its model with the weights that this names, if it does."""
+    task = make_task(config["task"])
+    if config.get("weights") is None:
+        return task
+    from autoprune.weights import with_weights
+
+    return with_weights(task, config["weights"])
+
+
+def _of(words: Sequence[str], *beginnings: str) -> list[str]:
+    """Those words of a command that another one needs too."""
+    return [word for word in words if word.startswith(beginnings)]
 
 
 def _budgets(value: Any) -> list[str]:

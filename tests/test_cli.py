@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -17,10 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import tiny
 import torch
 
-from autoprune import cli
+from autoprune import RatioTable, cli
+from autoprune.configuration import config_of
 from autoprune.core import DeviceLostError
+from autoprune.prune import weights_hash
 
 QUICK = (
     "budget=flops_50pct task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 "
@@ -127,6 +131,14 @@ def needs(depth): return depth
         ("search task.checkpoint=other.safetensors task.data=shipped", "does not fit the model"),
         ("search task.checkpoint=damaged.safetensors task.data=shipped", "cannot be read"),
         ("search task.checkpoint=nan.safetensors task.data=shipped", "hold NaN or infinity, first in 'conv1.weight'"),
+        ("search weights=nowhere.safetensors task.data=shipped", "weights=nowhere.safetensors cannot be read"),
+        (
+            "compare weights=other.safetensors task.data=shipped",
+            "weights=other.safetensors does not fit the model",
+        ),
+        ("doctor weights=damaged.safetensors task.data=shipped", "weights=damaged.safetensors cannot be read"),
+        ("profile weights=x", "unknown key 'weights'"),
+        ("search weights=5 task.data=shipped", "weights=5 cannot be read"),
         ("search task=cifar10_resnet20", "task.data is not given"),
         ("search task=cifar10_resnet20 task.data=nowhere.npz", "task.data=nowhere.npz"),
         ("search task=cifar10_resnet20 task.data=damaged.npz", "is no npz with x_train"),
@@ -246,6 +258,24 @@ def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.Captur
     )
     assert status == 2
     assert "no group '0.0' of 8 units: it is another architecture" in err
+
+
+def test_a_search_starts_from_other_weights_and_is_measured_with_them(capsys: pytest.CaptureFixture[str]) -> None:
+    model = copy.deepcopy(tiny.make_task().model)
+    torch.nn.init.ones_(model.get_parameter("1.body.0.1.weight"))
+    safetensors.torch.save_model(model, "other.safetensors")
+    status, out, err = run(capsys, "search", "weights=other.safetensors", *UNIFORM)
+    assert status == 0, err
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    table = RatioTable.load(folder / "ratios.yaml")
+    again = cli._task(config_of(folder))  # what measure takes for the dense network
+    assert weights_hash(again.model) == table.weights == weights_hash(model) != weights_hash(tiny.make_task().model)
+
+    (line,) = re.findall(r"reuse: python -m autoprune (.*)", out)
+    status, _, err = run(capsys, *shlex.split(line), "finetune.epochs=0.1")
+    assert status == 0, err
+    (tuned,) = Path("outputs/tiny/finetune").iterdir()
+    assert RatioTable.load(tuned / "ratios.yaml") == table
 
 
 def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys: pytest.CaptureFixture[str]) -> None:

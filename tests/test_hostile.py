@@ -44,6 +44,7 @@ from autoprune.prune import RatioTable
 from autoprune.scores import Scored
 from autoprune.study import Study
 from autoprune.tasks.shipped import load_weights
+from autoprune.weights import fill
 
 
 def network() -> nn.Module:
@@ -251,6 +252,8 @@ def test_weights_are_refused(name: str, pruned: tuple[nn.Module, RatioTable, byt
         InputError, match=r"task\.checkpoint=pruned\.safetensors (cannot be read|does not fit the model)"
     ):
         load_weights(copy.deepcopy(model), "", str(path))
+    with pytest.raises(InputError, match=r"^weights=pruned\.safetensors (cannot be read|does not fit the model)"):
+        fill(copy.deepcopy(model), path, "weights")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.999])

@@ -12,7 +12,7 @@ LAYERS = [
     {"core"},
     {"writing", "dispatch"},
     {"units", "borrowing", "keywords", "handing", "untrusted", "crew"},
-    {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep"},
+    {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep", "weights"},
     {
         "label_rules",
         "label_contractions",

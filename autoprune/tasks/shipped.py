@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
-from autoprune import untrusted
 from autoprune.core import InputError, Past, Task
 from autoprune.tasks.images import ImageBatches
 from autoprune.tasks.resnet import ResNet
+from autoprune.weights import fill
 
 DATA = Path(__file__).parent / "data"
 Images = NDArray[np.uint8]
@@ -77,17 +76,7 @@ def load_weights(model: nn.Module, name: str, checkpoint: str | None) -> None:
     Raises:
         InputError: the file is absent, damaged, or of another shape.
     """
-    path = Path(checkpoint) if checkpoint else DATA / f"{name}.safetensors"
-    try:
-        untrusted.check_tensors(path, {key: t.shape for key, t in model.state_dict().items()})
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except untrusted.MisfitError as error:
-        raise InputError(f"task.checkpoint={path} does not fit the model: {error}") from error
-    except untrusted.DAMAGED as error:
-        raise InputError(f"task.checkpoint={path} cannot be read: {_first_line(error)}") from error
-    except RuntimeError as error:
-        mismatch = str(error).strip().splitlines()[1:2] or [str(error)]
-        raise InputError(f"task.checkpoint={path} does not fit the model: {mismatch[0].strip()}") from error
+    fill(model, checkpoint or DATA / f"{name}.safetensors", "task.checkpoint")
 
 
 def check_held_out(images: Images, record: dict[str, Any], source: str) -> None:
@@ -107,7 +96,3 @@ def check_arrays(arrays: dict[str, Images], shape: tuple[int, ...], source: str)
             raise InputError(f"{source}: x_{split} must be uint8 [N, {shape}], got {x.dtype} {list(x.shape)}")
         if y.shape != (len(x),) or not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() > 9:
             raise InputError(f"{source}: y_{split} must be {len(x)} labels in 0..9, got {y.dtype} {list(y.shape)}")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
