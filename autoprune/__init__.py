@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from autoprune.result import Result
     from autoprune.rounds import Final
     from autoprune.run import environment, search
+    from autoprune.training import train
 
 _HOMES = {
     "Budget": "core",
@@ -36,6 +37,7 @@ _HOMES = {
     "latency": "measuring",
     "profile": "measuring",
     "search": "run",
+    "train": "training",
 }
 __all__ = [
     "Budget",
@@ -54,6 +56,7 @@ __all__ = [
     "latency",
     "profile",
     "search",
+    "train",
 ]
 
 

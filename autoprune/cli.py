@@ -36,6 +36,7 @@ usage: python -m autoprune COMMAND [key=value ...]
 
   search     find the ratios, the smaller network and the report    search budget=latency_20ms
   doctor     what can be pruned, and what stands in the way         doctor task=my_task
+  train      silence units by training, for a search to start from  train regularizer=bn_l1
   compare    strategies side by side, one table and one plot        compare strategies=[random,amc]
   profile    build or refresh the device's cost table               profile device=torch_cpu
   measure    measure a finished run's network again                measure outputs/.../
@@ -200,6 +201,31 @@ def _doctor(words: Sequence[str]) -> int:
     return MET
 
 
+def _train(words: Sequence[str]) -> int:
+    config = configured("train", words)
+    from autoprune import report, training
+    from autoprune.recover import FineTune
+    from autoprune.space import Space
+
+    plan = made(FineTune, config["training"], "training")
+    space = made(Space, config["space"], "space")
+    task = _task(config)
+    folder = _run_folder(config, task.name, "train")
+    with _watched() as screen:
+        trained = training.train(
+            task,
+            regularizer=config["regularizer"],
+            plan=plan,
+            seed=config["seed"],
+            space=space,
+            device=config["device"],
+            progress=screen,
+        )
+    report.write_trained(trained, folder)
+    report.show_trained(trained, folder, words=_of(words, "task", "space"))
+    return MET
+
+
 def _profile(words: Sequence[str]) -> int:
     config = configured("profile", words)
     from autoprune import measuring, report
@@ -279,6 +305,7 @@ def _report(words: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "search": _search,
     "doctor": _doctor,
+    "train": _train,
     "compare": _compare,
     "profile": _profile,
     "finetune": _finetune,

@@ -15,7 +15,18 @@ from autoprune.components import CONF, bind, names
 from autoprune.core import InputError
 from autoprune.writing import whole
 
-GROUPS = ("task", "space", "strategy", "criterion", "device", "energy", "evaluator", "workers", "finetune")
+GROUPS = (
+    "task",
+    "space",
+    "strategy",
+    "criterion",
+    "regularizer",
+    "device",
+    "energy",
+    "evaluator",
+    "workers",
+    "finetune",
+)
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
 CONFIGURED = 10_000  # values in a configuration, many times what there are
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {

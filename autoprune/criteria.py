@@ -157,7 +157,7 @@ def bn_scale(
     together, tensors = Together(reduce, normalise), dict(model.named_parameters())
     scores = []
     for pieces in groups:
-        scales = [p for p in pieces if p.role == "with" and p.tensor in tensors and _is_scale(model, p.tensor)]
+        scales = [p for p in pieces if p.role == "with" and p.tensor in tensors and is_scale(model, p.tensor)]
         parts = [per_unit(tensors[p.tensor].detach().abs(), p) for p in scales]
         scores.append(together(parts) if parts else _norm(model, [pieces], 1, together)[0])
     return tuple(scores)
@@ -236,12 +236,17 @@ def _by_filters(
     )
 
 
-def _filters(values: Tensor, piece: Slice) -> Scores:
-    """What each unit owns of a tensor, [U, F]."""
+def filters(values: Tensor, piece: Slice) -> Tensor:
+    """What each unit owns of a tensor, [U, F], with its gradient."""
     dim = 0 if piece.dim == FLAT else piece.dim
     rows = (values.flatten() if piece.dim == FLAT else values).movedim(dim, 0)
-    found: Scores = rows.reshape(len(rows), -1).double().cpu().numpy()[piece.positions]
-    return found.reshape(len(found), -1)
+    positions = torch.from_numpy(piece.positions.ravel()).to(values.device)
+    return rows.index_select(0, positions).reshape(len(piece.positions), -1)
+
+
+def _filters(values: Tensor, piece: Slice) -> Scores:
+    found: Scores = filters(values, piece).double().cpu().numpy()
+    return found
 
 
 def _distances(rows: Scores) -> Scores:
@@ -269,13 +274,14 @@ def per_unit(values: Tensor, piece: Slice) -> Scores:
     return np.asarray(along[piece.positions].sum(axis=1), dtype=np.float64)
 
 
-def _is_scale(model: nn.Module, tensor: str) -> bool:
+def is_scale(model: nn.Module, tensor: str) -> bool:
+    """Whether a parameter is the scale of a batch or instance normalisation."""
     module, _, name = tensor.rpartition(".")
     return name == "weight" and isinstance(model.get_submodule(module), nn.modules.batchnorm._NormBase)
 
 
 def _taylor_pieces(model: nn.Module, pieces: Sequence[Slice], tensors: dict[str, nn.Parameter]) -> list[Slice]:
-    scales = {p.tensor.rpartition(".")[0] for p in pieces if p.tensor in tensors and _is_scale(model, p.tensor)}
+    scales = {p.tensor.rpartition(".")[0] for p in pieces if p.tensor in tensors and is_scale(model, p.tensor)}
     shifts = [p for p in pieces if p.tensor.rpartition(".")[0] in scales and p.tensor in tensors and p.role == "with"]
     return shifts or made(pieces, tensors)
 

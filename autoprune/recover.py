@@ -207,6 +207,7 @@ def finetune(
     lr: float,
     past: Past | None = None,
     teacher: nn.Module | Teacher | None = None,
+    penalty: Callable[[nn.Module], Tensor] | None = None,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Train `model` in place and leave it in evaluation mode. Draws come from the global generators: seed them.
@@ -214,7 +215,8 @@ def finetune(
     Running statistics that remember more steps than a tenth of the fine-tune (EfficientNet's: 100) would be those of
     weights long past: while it lasts they follow faster, at most as fast as PyTorch's default, 10 steps.
 
-    past: what a rewound schedule goes back to. on_step(done, total) is called after each step.
+    past: what a rewound schedule goes back to. penalty(model) is added to the loss, a scalar. on_step(done, total) is
+    called after each step.
 
     Raises:
         FloatingPointError: the loss is no longer finite.
@@ -240,6 +242,8 @@ def finetune(
             value = loss(output, target)
             if wise is not None and plan.teach > 0:
                 value = (1 - plan.teach) * value + plan.teach * _distance(output, wise(inputs), plan.temperature)
+            if penalty is not None:
+                value = value + penalty(model)
             if not torch.isfinite(value):
                 raise FloatingPointError(f"the loss became {value.item()} at step {step} of the fine-tune")
             optimizer.zero_grad()

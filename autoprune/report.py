@@ -31,9 +31,11 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from autoprune import untrusted
+from autoprune.components import named
 from autoprune.core import Budget, InputError, Measurement, PruningSpace, Trial, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
 from autoprune.page import RATIO, SMOOTHED, amount, html, percent, points, warm_up_mean, with_interval
+from autoprune.regularizers import RANKED_BY
 from autoprune.writing import whole
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from autoprune.final import FineTuned
     from autoprune.meters.profile import CostTable
     from autoprune.result import Result
+    from autoprune.training import Trained
 
 
 MET = "[green]met[/]"
@@ -170,6 +173,28 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
         f"{tuned.metric}: test {percent(tuned.test_dense)} dense, {percent(tuned.test_recovered)} pruned and "
         f"fine-tuned ({points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
         f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)",
+    )
+
+
+def show_trained(trained: Trained, folder: Path, *, words: Sequence[str] = ()) -> None:
+    """The last screen of a training before a search. words: of the command, those that the search needs too."""
+    console, groups = Console(), trained.groups
+    table = Table("group", "units", "before", "after", title="units near zero", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, group in groups.items():
+        table.add_row(name, str(group.units), str(group.before), str(group.after))
+    console.print(table)
+    name = named("regularizer", trained.regularizer)
+    criterion = [f"criterion={RANKED_BY[name]}"] if name in RANKED_BY else []
+    line = ["search", f"weights={folder}/trained.safetensors", *criterion, *words]
+    _lines(
+        console,
+        f"{trained.metric}: test {percent(trained.test_before)} before, {percent(trained.test_after)} trained with "
+        f"{name} ({points(trained.test_after - trained.test_before)}) in {trained.seconds:.0f} s",
+        f"units near zero: {percent(trained.share('before'))} before, {percent(trained.share('after'))} after",
+        f"files: {folder}/  (trained.safetensors, result.json)",
+        f"next:  python -m autoprune {shlex.join(line)}",
     )
 
 
@@ -303,6 +328,15 @@ def write_finetuned(tuned: FineTuned, folder: Path) -> None:
     values = {k: v for k, v in vars(tuned).items() if k not in ("table", "model", "dense", "measured")}
     costs = {name: {"dense": asdict(tuned.dense[name]), "measured": asdict(m)} for name, m in tuned.measured.items()}
     _write_json(folder / "result.json", values | {"costs": costs})
+
+
+def write_trained(trained: Trained, folder: Path) -> None:
+    """Write a training's files into its folder."""
+    _write_weights(trained.model, folder / "trained.safetensors")
+    values = {k: v for k, v in vars(trained).items() if k not in ("model", "groups")}
+    shares = {f"near_zero_{when}": trained.share(when) for when in ("before", "after")}
+    groups = {name: asdict(group) for name, group in trained.groups.items()}
+    _write_json(folder / "result.json", values | shares | {"groups": groups})
 
 
 def rewrite(folder: Path) -> None:

@@ -137,8 +137,16 @@ def needs(depth): return depth
             "weights=other.safetensors does not fit the model",
         ),
         ("doctor weights=damaged.safetensors task.data=shipped", "weights=damaged.safetensors cannot be read"),
+        ("train weights=nan.safetensors task.data=shipped", "hold NaN or infinity, first in 'conv1.weight'"),
         ("profile weights=x", "unknown key 'weights'"),
         ("search weights=5 task.data=shipped", "weights=5 cannot be read"),
+        ("train regularizer=l0", "Available options in 'regularizer': bn_l1 group_lasso"),
+        ("train regularizer.strength=much", "regularizer.strength must be a number, got 'much'"),
+        ("train regularizer.strength=-1 task._target_=tiny.make_task", "strength must be a number of 0 or more, got"),
+        ("train regularizer._target_=mine.raises task._target_=tiny.make_task", "mine.raises does not take these"),
+        ("train training.epochs=-1", "epochs >= 0 must hold, got epochs=-1"),
+        ("train training.epochs=1e-5 task._target_=tiny.make_task", "are no step at all; give more epochs"),
+        ("train device=warp task._target_=tiny.make_task", "device=warp is not there"),
         ("search task=cifar10_resnet20", "task.data is not given"),
         ("search task=cifar10_resnet20 task.data=nowhere.npz", "task.data=nowhere.npz"),
         ("search task=cifar10_resnet20 task.data=damaged.npz", "is no npz with x_train"),
@@ -227,6 +235,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         "doctor": "max_ratio: 0.9",
         "finetune": "epochs: 3",
         "compare": "evaluations: 200",
+        "train": "strength: 0.005",
     }
     assert shown.get(command, "RUN_DIR") in out
 
@@ -276,6 +285,29 @@ def test_a_search_starts_from_other_weights_and_is_measured_with_them(capsys: py
     assert status == 0, err
     (tuned,) = Path("outputs/tiny/finetune").iterdir()
     assert RatioTable.load(tuned / "ratios.yaml") == table
+
+
+def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture[str]) -> None:
+    given = "task._target_=tiny.make_task task.name=sparse training.epochs=1".split()
+    given += ["training.lr_fraction=1", "regularizer.strength=0.2"]
+    status, out, err = run(capsys, "train", *given)
+    assert status == 0, err
+    (folder,) = Path("outputs/sparse/train").iterdir()
+    values = json.loads((folder / "result.json").read_text())
+    assert values["near_zero_before"] == 0
+    assert values["near_zero_after"] == sum(g["after"] for g in values["groups"].values()) / 124 > 0
+    assert f"{100 * values['near_zero_after']:.2f} % after" in out
+    (line,) = re.findall(r"next:  python -m autoprune (.*)", out)
+    assert line == (
+        f"search weights={folder}/trained.safetensors criterion=bn_scale task._target_=tiny.make_task task.name=sparse"
+    )
+
+    status, _, err = run(capsys, *shlex.split(line), *UNIFORM[:1], *UNIFORM[2:])
+    assert status == 0, err
+    (found,) = Path("outputs/sparse/uniform").iterdir()
+    silent = safetensors.torch.load_file(folder / "trained.safetensors")["1.body.0.1.weight"].abs().argmin()
+    (group,) = [g for g in RatioTable.load(found / "ratios.yaml").groups if g.name == "1.body.0.0"]
+    assert int(silent) not in group.units
 
 
 def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys: pytest.CaptureFixture[str]) -> None:

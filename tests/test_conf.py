@@ -19,9 +19,11 @@ from autoprune.measuring import device_of
 from autoprune.meters.device import Device
 from autoprune.meters.profile import Profile
 from autoprune.recover import FineTune
+from autoprune.regularizers import RANKED_BY
 from autoprune.rounds import Final
 from autoprune.space import Space
 from autoprune.testing import World
+from autoprune.training import SPARSE
 
 FILES = sorted(components.CONF.rglob("*.yaml"))
 
@@ -34,7 +36,10 @@ def test_all_groups_are_known_to_the_command_line() -> None:
     assert {p.parent.name for p in FILES if p.parent != components.CONF} == set(GROUPS)
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in ("task", "strategy", "criterion")], ids=str)
+COMPONENTS = ("task", "strategy", "criterion", "regularizer")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name in COMPONENTS], ids=str)
 def test_every_component_takes_the_keys_of_its_yaml(path: Path) -> None:
     values = read(path)
     function = components.locate(values.pop("_target_"), path.stem)
@@ -80,6 +85,18 @@ def test_every_criterion_yaml_has_all_settings_of_its_function_and_their_default
     assert values == {n: default for n, default in settings.items() if n not in ("batches", "loss", "seed")}
 
 
+@pytest.mark.parametrize("name", components.names("regularizer"))
+def test_every_regularizer_yaml_has_all_settings_of_its_function_and_their_defaults(name: str) -> None:
+    values = components.spec("regularizer", name)
+    signature = inspect.signature(components.locate(values.pop("_target_"), "regularizer")).parameters
+    assert values == {n: p.default for n, p in signature.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def test_a_regularizer_goes_with_a_criterion_that_there_is() -> None:
+    assert set(RANKED_BY) == set(components.names("regularizer"))
+    assert set(RANKED_BY.values()) <= set(components.names("criterion"))
+
+
 @pytest.mark.parametrize("name", components.names("task"))
 def test_every_task_yaml_has_the_defaults_of_its_function(name: str) -> None:
     values = components.spec("task", name)
@@ -96,6 +113,7 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     assert FineTune(**evaluator["short"]) == scoring.short
     assert tuple(evaluator["recovery"]) == scoring.recovery
     assert Final(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
+    assert FineTune(**read(components.CONF / "train.yaml")["training"]) == SPARSE
     search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
     assert read(components.CONF / "space" / "channel.yaml") == {**vars(Space()), "grain": list(Space().grain)}
     assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}
@@ -108,13 +126,13 @@ def test_every_device_yaml_is_named_after_itself(name: str) -> None:
     assert device_of(name).name == name
 
 
-@pytest.mark.parametrize("command", ["search", "compare", "profile", "finetune"])
+@pytest.mark.parametrize("command", ["search", "compare", "profile", "finetune", "train"])
 def test_every_command_composes(command: str) -> None:
     words = ["ratios=x.yaml"] if command == "finetune" else []
     assert configured(command, words)["task"]["_target_"].endswith("fashion_mnist_resnet20.make_task")
 
 
-@pytest.mark.parametrize("words", ["finetune ratios=x.yaml device=cuda"])
+@pytest.mark.parametrize("words", ["finetune ratios=x.yaml device=cuda", "train device=cuda"])
 def test_a_value_may_have_the_name_of_a_group(words: str) -> None:
     command, *rest = words.split()
     assert configured(command, rest)["device"] == "cuda"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import ZOO
+from zoo import ZOO, reordered
 
 from autoprune import components, criteria, curvature, reconstruct
 from autoprune.core import FLAT, InputError, Slice
@@ -280,11 +280,8 @@ def test_scores_follow_channels_that_are_reordered(network: str) -> None:
     rng, tensors = np.random.default_rng(0), dict(tensors_of(moved))
     orders = [rng.permutation(len(pieces[0].positions)) for pieces in traced.slices]
     with torch.no_grad():
-        for order, pieces in zip(orders, traced.slices, strict=True):
-            for p in pieces:
-                index = np.arange(tensors[p.tensor].shape[p.dim])
-                index[p.positions] = p.positions[order]
-                tensors[p.tensor].copy_(tensors[p.tensor].index_select(p.dim, torch.from_numpy(index)))
+        for name, tensor in reordered(tensors, traced.slices, orders).items():
+            tensors[name].copy_(tensor)
         assert torch.allclose(model(IMAGES[0][0]), moved(IMAGES[0][0]), atol=1e-4)
     target = model(IMAGES[0][0]).shape[1:]
     batches = [(x, noise(len(x), *target)) for x, _ in IMAGES]

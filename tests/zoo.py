@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoprune.core import PruningSpace
+from autoprune.core import PruningSpace, Slice
 from autoprune.tasks.resnet import ResNet
 
 
 def conv(i: int, o: int, k: int = 3, s: int = 1, g: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(i, o, k, s, k // 2, groups=g, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+def reordered(
+    tensors: Mapping[str, Tensor], slices: Sequence[Sequence[Slice]], orders: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Copies of these tensors, by name, in which the units of each group are in this order."""
+    found = dict(tensors)
+    for pieces, order in zip(slices, orders, strict=True):
+        for p in (p for p in pieces if p.tensor in found):
+            index = np.arange(found[p.tensor].shape[p.dim])
+            index[p.positions] = p.positions[order]
+            found[p.tensor] = found[p.tensor].index_select(p.dim, torch.from_numpy(index))
+    return found
 
 
 class Plain(nn.Sequential):
