@@ -83,7 +83,7 @@ def finetune_table(
     with seeded(seed):
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
-    teacher = copy.deepcopy(task.model).to(device)
+    teacher = copy.deepcopy(task.model).to(device).eval()
     plan, shown = Final.of(final), to_device(batches, device)
     traced = table.traced(task.model, task.inputs)
     order = ranking(traced, rank, batches=batches, loss=task.loss, seed=0)
