@@ -71,7 +71,7 @@ def within(losses: Sequence[Floats], least: Sequence[int], most: Sequence[int]) 
     return rows
 
 
-def first(
+def first_inside(
     choices: Iterable[tuple[int, ...]], keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:
     """The first of these choices of level indices that `keeps` every limit.
@@ -90,15 +90,15 @@ def first(
 def evenly(
     space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:
-    """The baseline: the first of `common_ratios`; see `first`."""
-    return first(common_ratios(space), keeps, losses)
+    """The baseline: the first of `common_ratios`; see `first_inside`."""
+    return first_inside(common_ratios(space), keeps, losses)
 
 
 def globally(
     space: PruningSpace, keeps: Callable[[tuple[int, ...]], bool], losses: Sequence[Floats] = ()
 ) -> tuple[int, ...]:
     """As `evenly`, one threshold of importance standing for one ratio: the first of `common_thresholds`."""
-    return first(common_thresholds(space), keeps, losses)
+    return first_inside(common_thresholds(space), keeps, losses)
 
 
 def common_ratios(space: PruningSpace) -> Iterator[tuple[int, ...]]:

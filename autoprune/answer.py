@@ -18,7 +18,9 @@ from autoprune.crew import Workers
 from autoprune.criteria import Scores
 from autoprune.evaluate import Evaluator
 from autoprune.final import tuning
+from autoprune.healer import heal
 from autoprune.lineage import Networks, folder_beside
+from autoprune.recover import Teacher
 from autoprune.rounds import Final, Pruner, everything
 from autoprune.study import Study
 from autoprune.units import Labels
@@ -118,7 +120,7 @@ def _recovered(
     parents have learnt."""
     candidate, task, healer = answer.candidate, evaluator.task, evaluator.healer
     whole = answer if candidate.fidelity == 1 else None
-    tune = tuning(task, teacher=evaluator.dense_model, seed=evaluator.seed, progress=progress)
+    tune = tuning(task, teacher=Teacher(evaluator.dense_model), seed=evaluator.seed, progress=progress)
     if candidate.parent is not None and plan.at_once and plan.weights == "trained":
         model = evaluator.recovered(candidate)
         before = whole.score if whole else evaluator.scored(model).score
@@ -127,9 +129,10 @@ def _recovered(
     probe = replace(candidate, recovery="probe", fidelity=1.0)
     before = whole.score if whole else evaluator.scored(evaluator.recovered(probe)).score
 
-    def heal(model: nn.Module, kept: Sequence[Labels], source: nn.Module) -> None:
+    def healed(model: nn.Module, kept: Sequence[Labels], source: nn.Module) -> None:
+        steps, batches = healer.care.recipe.of_recovery("probe"), healer.care.batches
         with threads(evaluator.scoring.threads):
-            healer.heal(model, kept, source)
+            heal(model, steps, batches, traced=evaluator.traced, kept=kept, source=source, seed=evaluator.seed)
 
     pruner = Pruner(
         task=task,
@@ -137,7 +140,7 @@ def _recovered(
         dense=evaluator.dense_model,
         scores=evaluator.importance,
         rank=rank,
-        heal=heal,
+        heal=healed,
         tune=tune,
         seed=evaluator.seed,
     )

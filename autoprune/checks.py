@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autoprune.borrowing import arguments, seeded
 from autoprune.components import described
-from autoprune.core import InputError, PruningSpace, Strategy, Task
+from autoprune.core import InputError, Past, PruningSpace, Strategy, Task, is_number
 
 LOG = logging.getLogger("autoprune")
 
@@ -37,6 +37,8 @@ def check_task(task: Task) -> None:
         raise InputError(f"{where}: metric must be a torchmetrics.Metric whose higher_is_better is True or False")
     if not task.lr > 0:
         raise InputError(f"{where}: lr must be above 0, got {task.lr}")
+    if task.past is not None:
+        _check_past(where, task.past)
     for name, tensor in task.model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{where}: the weights hold NaN or infinity, first in '{name}'; train the model again")
@@ -49,6 +51,17 @@ def check_task(task: Task) -> None:
     for split in ("train", "search"):
         _check_batch(where, split, _first_batch(where, split, getattr(task, split)))
     _check_scoring(where, task, _first_batch(where, "search", task.search))
+
+
+def _check_past(where: str, past: Past) -> None:
+    if not is_number(past.epochs) or past.epochs <= 0:
+        raise InputError(f"{where}: past.epochs must be a number above 0, got {past.epochs!r}")
+    try:
+        rates = [float(past.schedule(done)) for done in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    except Exception as error:
+        raise InputError(f"{where}: past.schedule raised {described(error)}") from error
+    if not all(math.isfinite(rate) and rate >= 0 for rate in rates):
+        raise InputError(f"{where}: past.schedule must give numbers of 0 or more from 0 to 1, got {rates}")
 
 
 def check_seed(seed: object) -> None:

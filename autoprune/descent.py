@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from autoprune.allocate import InfeasibleError, first
+from autoprune.allocate import InfeasibleError, first_inside
 from autoprune.core import RECOVERIES, Budget, Candidate, CostModel, PruningSpace, Recovery, Trial, all_met
 
 
@@ -35,9 +35,10 @@ def descended(
 
     def following() -> tuple[int, ...]:
         with suppress(InfeasibleError):
-            return first(left, keeps)
+            return first_inside(left, lambda choice: choice != levels and keeps(choice))
         return smallest
 
+    levels: tuple[int, ...] = ()
     costs, left = dict(costs), iter(choices)
     smallest = tuple(len(group.levels) - 1 for group in space.groups)
     recoveries = list(RECOVERIES[RECOVERIES.index(recovery) :])

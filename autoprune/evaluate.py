@@ -202,7 +202,8 @@ class Evaluator:
         business with."""
         self.identity  # noqa: B018, found here, where the given model and the search split are
         there = copy.copy(self)
-        there.task = replace(self.task, model=nn.Identity(), search=(), test=())
+        past = self.task.past and replace(self.task.past, early=None)
+        there.task = replace(self.task, model=nn.Identity(), search=(), test=(), past=past)
         there.meters, there.hits, there.evaluations = {}, 0, 0
         there._scored, there._digests, there._prefix = {}, {}, None
         there.healer = self.healer.elsewhere(there._digest)
@@ -275,10 +276,18 @@ class Evaluator:
             "lr": self.task.lr,
             "metric": type(self.task.metric).__name__,
             "dense": hashlib.sha256(repr((dense.losses, dense.scores)).encode()).hexdigest()[:16],
+            "past": self._rewound_to(),
             "scoring": {name: value for name, value in asdict(self.scoring).items() if name != "shared_prefix"},
             "seed": self.seed,
             "torch": torch.__version__,
         }
+
+    def _rewound_to(self) -> list[float]:
+        """What a rewound schedule follows, where some step of the recovery has one."""
+        past, plans = self.task.past, [step.plan for step in self.scoring.recipe.steps if step.plan]
+        if past is None or not any(plan.schedule == "rewound" for plan in plans):
+            return []
+        return [past.epochs, *(past.schedule(done / 64) for done in range(65))]
 
     @property
     def shared(self) -> float:

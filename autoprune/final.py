@@ -21,14 +21,12 @@ from autoprune.checks import check_place, check_seed, check_task
 from autoprune.core import InputError, Measurement, Progress, Silent, Task
 from autoprune.costs import counted
 from autoprune.criteria import Criterion
+from autoprune.healer import heal
 from autoprune.keywords import named, positional_task
 from autoprune.prune import RatioTable, ranking
-from autoprune.recipe import HEALING, check_healing
-from autoprune.reconstruct import Reconstruction
-from autoprune.recover import FineTune, Teacher, anchored, finetune, recalibrate
-from autoprune.rounds import Final, Pruner, Tune
-from autoprune.traced import TracedModel
-from autoprune.units import Labels
+from autoprune.recipe import HEALING, Step, check_healing
+from autoprune.recover import FineTune, Teacher, anchored, finetune
+from autoprune.rounds import Final, Pruner, Tune, check_final
 
 FINAL = Final(epochs=3)
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -84,8 +82,9 @@ def finetune_table(
         batches = first(task.train, recalibration)
     table = table.fitted(task.model, task.inputs, criterion=rank, batches=batches, loss=task.loss)
     teacher = copy.deepcopy(task.model).to(device).eval()
-    plan, shown = Final.of(final), to_device(batches, device)
+    plan, steps, shown = Final.of(final), [Step(name) for name in recovery], to_device(batches, device)
     traced = table.traced(task.model, task.inputs)
+    check_final(plan, task, traced)
     order = ranking(traced, rank, batches=batches, loss=task.loss, seed=0)
     listed = [np.isin(np.arange(g.size), g.units).astype(np.float64) for g in table.groups]
     pruner = Pruner(
@@ -94,7 +93,7 @@ def finetune_table(
         dense=copy.deepcopy(anchored(task.model, batches, task.loss)).to(device).eval(),
         scores=listed if plan.at_once else order(task.model),
         rank=order,
-        heal=lambda model, kept, source: heal(model, recovery, shown, traced=traced, kept=kept, source=source),
+        heal=lambda model, kept, source: heal(model, steps, shown, traced=traced, kept=kept, source=source),
         tune=tuning(task, teacher=Teacher(teacher), seed=seed, progress=progress),
         seed=seed,
     )
@@ -126,29 +125,11 @@ def healed(task: Task, table: RatioTable, batches: Sequence[Any], recovery: Sequ
     dense = anchored(task.model, batches, task.loss)
     traced = table.traced(dense, task.inputs)
     model = traced.cut(dense, table.kept).eval()
-    heal(model, recovery, batches, traced=traced, kept=table.kept, source=dense)
+    heal(model, map(Step, recovery), batches, traced=traced, kept=table.kept, source=dense)
     return model
 
 
-def heal(
-    model: nn.Module,
-    recovery: Sequence[str],
-    batches: Sequence[Any],
-    *,
-    traced: TracedModel,
-    kept: Sequence[Labels],
-    source: nn.Module,
-) -> None:
-    """These steps of recipe.HEALING, in their order and in place, for a model that was cut from source to these
-    units."""
-    for step in recovery:
-        if step == "bn_recalibrate":
-            recalibrate(model, batches)
-        elif traced.narrows:
-            Reconstruction(source, traced, batches).apply(model, kept)
-
-
-def tuning(task: Task, *, teacher: nn.Module | Teacher, seed: int, progress: Progress) -> Tune:
+def tuning(task: Task, *, teacher: Teacher, seed: int, progress: Progress) -> Tune:
     """How a Pruner trains: on the task's training split, seen by `progress`."""
 
     def tune(model: nn.Module, plan: FineTune, number: int, after: Callable[[int], None]) -> None:

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +47,25 @@ class Care:
         return part(self.batches, fidelity)
 
 
+def heal(
+    model: nn.Module,
+    steps: Iterable[Step],
+    batches: Sequence[Any],
+    *,
+    traced: TracedModel,
+    kept: Sequence[Labels],
+    source: nn.Module,
+    seed: int = 0,
+) -> None:
+    """Those of these steps that do not train, in their order and in place, for a model that was cut from source to
+    these units."""
+    for step in steps:
+        if step.name == "bn_recalibrate":
+            recalibrate(model, batches)
+        elif step.name == "reconstruct" and traced.narrows:
+            Reconstruction(source, traced, batches, seed=seed).apply(model, kept)
+
+
 class Healer:
     """See the module's docstring. Holds the dense model, never changes it.
 
@@ -66,7 +85,8 @@ class Healer:
         self.traced, self.importance, self.dense, self.care, self.digest = traced, importance, dense, care, digest
         self.known: dict[int, Candidate] = {}
         self.networks: Networks | None = None
-        self._train, self._loss, self._lr, self._past = task.train, task.loss, task.lr, task.past
+        self._train, self._loss, self._lr = task.train, task.loss, task.lr
+        self._past = task.past and replace(task.past, early=None)  # a whole network, that no candidate needs
         self._teacher = Teacher(dense, remembered=LESSONS)
         self._reconstruction: tuple[str | None, Reconstruction] | None = None
 
@@ -104,17 +124,6 @@ class Healer:
         if candidate.recovery == "short":
             self._keep(candidate, model)  # a lesser recovery is made again in a moment
         return model
-
-    def heal(self, model: nn.Module, kept: Sequence[Labels], source: nn.Module) -> None:
-        """Heal, in place and without training, what was cut to these units from any network of the dense one's
-        shape."""
-        for step in self.care.recipe.of_recovery("probe"):
-            if step.name == "bn_recalibrate":
-                recalibrate(model, self.care.batches)
-            elif source is self.dense:
-                self._reconstruct(model, kept, source, None)
-            elif self.traced.narrows:
-                Reconstruction(source, self.traced, self.care.batches, seed=self.care.seed).apply(model, kept)
 
     def _train_briefly(self, model: nn.Module, step: Step, fidelity: float, seed: int) -> None:
         assert step.plan is not None

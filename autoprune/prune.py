@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor, nn
 
 from autoprune import criteria, untrusted
-from autoprune.borrowing import seeded
+from autoprune.borrowing import evaluating, seeded
 from autoprune.core import InputError, PruningSpace
 from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
@@ -65,7 +65,7 @@ def ranking(
 
     def rank(model: nn.Module) -> tuple[criteria.Scores, ...]:
         here = model if next(model.parameters()).device.type == "cpu" else copy.deepcopy(model).cpu()
-        with seeded(seed):
+        with seeded(seed), evaluating(here):
             return importance(traced, here, criterion, batches=batches, loss=loss, seed=seed)
 
     return rank

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import groupby
 from typing import Any
 
-from autoprune.core import InputError, Recovery, check_rules
-from autoprune.recover import FineTune
+from autoprune.borrowing import seeded
+from autoprune.core import InputError, Recovery, Task, check_rules
+from autoprune.recover import FineTune, check_past
 
 HEALING = ("reconstruct", "bn_recalibrate")
 TRAINING = ("finetune", "distill")
@@ -65,7 +67,15 @@ class Recipe:
         """What a candidate with this recovery gets."""
         if recovery == "short":
             return self.steps
-        return tuple(s for s in self.steps if s.name in HEALING) if recovery == "probe" else ()
+        healing = [step for step in self.steps if step.name in HEALING] if recovery == "probe" else []
+        return tuple(step for step, _ in groupby(healing))  # a second recalibration in a row changes nothing
+
+    def check_task(self, task: Task) -> None:
+        """Raises InputError where a step cannot be taken on this task."""
+        for step in self.steps:
+            if step.plan and step.plan.schedule == "rewound":
+                with seeded(0):
+                    check_past(task.past, step.plan, task.train)
 
     @property
     def shareable(self) -> bool:

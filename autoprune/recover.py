@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from autoprune.borrowing import arguments, evaluating, fingerprint, to_device
-from autoprune.core import InputError, Past, check_rules
+from autoprune.core import InputError, Past, check_rules, is_number
 
 SCHEDULES = ("cosine", "constant", "rewound")
 FOREIGN = 1.25  # so many times a model's loss where statistics of the data at hand do not go with its weights
@@ -132,9 +131,11 @@ class FineTune:
     temperature: float = 3.0
 
     def __post_init__(self) -> None:
+        numbers = ("epochs", "lr_fraction", "momentum", "weight_decay", "warm_up", "teach", "temperature")
+        rules = {f"{name} must be a finite number": is_number(getattr(self, name)) for name in numbers}
+        check_rules("fine-tune", rules, vars(self))
         rules = {
             "epochs >= 0": self.epochs >= 0,
-            "epochs must be finite": math.isfinite(self.epochs),
             "steps must be a whole number, 1 or more, or null for epochs": self.steps is None
             or (type(self.steps) is int and self.steps >= 1),
             f"schedule must be one of {', '.join(SCHEDULES)}": self.schedule in SCHEDULES,
@@ -263,14 +264,14 @@ def _schedule(
         begin = check_past(past, plan, train)
         rate = past.schedule  # type: ignore[union-attr]
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(begin + (1 - begin) * step / total))
-    warm = max(1, round(plan.warm_up * total))
-    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm)
+    warm = max(1, round(plan.warm_up * total)) if plan.warm_up else 0
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warm + 1), 1.0, warm) if warm else None
     then: torch.optim.lr_scheduler.LRScheduler
     if plan.schedule == "constant":
         then = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
     else:
         then = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm))
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, then], [warm])
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, then], [warm]) if rise else then
 
 
 def check_past(past: Past | None, plan: FineTune, train: Iterable[Any]) -> float:
@@ -318,7 +319,7 @@ def _distance(output: Any, lesson: Any, temperature: float) -> Tensor:
     if not taught:
         raise InputError(
             "the model returns something else in training than in evaluation, which the dense network cannot teach: "
-            "set evaluator.short.teach=0 and finetune.teach=0"
+            "set teach=0 where it is to be trained: evaluator.short, evaluator.recovery, finetune"
         )
     return torch.stack(taught).mean()
 

@@ -13,6 +13,7 @@ Letters: G groups, U units of one group.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -23,7 +24,7 @@ from torch import nn
 from autoprune.borrowing import seeded
 from autoprune.core import InputError, PruningSpace, Task, check_rules, is_number
 from autoprune.criteria import Scores
-from autoprune.recover import FineTune
+from autoprune.recover import FineTune, check_past
 from autoprune.traced import TracedModel, fingerprint, tensors_of, with_tensors
 from autoprune.units import Labels
 
@@ -63,8 +64,9 @@ class Final(FineTune):
     """The final training of an answer.
 
     pruning: "one_shot", "iterative" in so many `rounds`, or "gradual", from the share `initial` of each group's ratio
-    to all of it, from begin_step to end_step (None: three quarters of the steps), by `power`, every `frequency` steps.
-    weights: what training begins from, those "trained", the task's "early" ones (Task.past), or "scratch".
+    to all of it, from begin_step to end_step (None: three quarters of the steps), by `power`, every `frequency` steps
+    (None: ten times in all). weights: what training begins from, those "trained", the task's "early" ones (Task.past),
+    or "scratch": fresh ones, but for modules that are frozen.
 
     Raises:
         InputError: a setting is out of its range, or two do not go together.
@@ -76,12 +78,12 @@ class Final(FineTune):
     begin_step: int = 0
     end_step: int | None = None
     power: float = 3.0
-    frequency: int = 100
+    frequency: int | None = None
     weights: str = "trained"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        whole = {name: type(getattr(self, name)) is int for name in ("rounds", "begin_step", "frequency")}
+        whole = {name: type(getattr(self, name)) is int for name in ("rounds", "begin_step")}
         end = self.end_step
         rules = {
             f"pruning must be one of {', '.join(PRUNINGS)}": self.pruning in PRUNINGS,
@@ -92,7 +94,8 @@ class Final(FineTune):
             "end_step must be a whole number above begin_step, or null": end is None
             or (type(end) is int and end > self.begin_step),
             "power must be a number above 0": is_number(self.power) and self.power > 0,
-            "frequency must be a whole number, 1 or more": whole["frequency"] and self.frequency >= 1,
+            "frequency must be a whole number, 1 or more, or null": self.frequency is None
+            or (type(self.frequency) is int and self.frequency >= 1),
             "weights must be trained where pruning=gradual, which begins from the whole network": self.pruning
             != "gradual"
             or self.weights == "trained",
@@ -126,7 +129,8 @@ class Final(FineTune):
                 f"finetune: begin_step and end_step must lie within the {steps} steps of the training, got "
                 f"{self.begin_step} and {end}"
             )
-        return PolynomialDecay(self.initial, 1.0, self.begin_step, end, self.power, self.frequency)
+        often = self.frequency or max(1, (end - self.begin_step) // 10)
+        return PolynomialDecay(self.initial, 1.0, self.begin_step, end, self.power, often)
 
 
 Heal = Callable[[nn.Module, Sequence[Labels], nn.Module], None]
@@ -158,11 +162,14 @@ class Pruner:
             FloatingPointError: the loss is no longer finite.
             InputError: the plan does not fit the task.
         """
-        return self._gradually(ratios, plan) if plan.pruning == "gradual" else self._in_rounds(ratios, plan)
+        with seeded(self.seed):  # a split may have to be read to be counted
+            total = plan.total(self.task.train)
+        if plan.pruning == "gradual" and total:
+            return self._gradually(ratios, plan, total)
+        return self._in_rounds(ratios, plan, total)
 
-    def _in_rounds(self, ratios: Sequence[float], plan: Final) -> tuple[nn.Module, tuple[Labels, ...]]:
+    def _in_rounds(self, ratios: Sequence[float], plan: Final, total: int) -> tuple[nn.Module, tuple[Labels, ...]]:
         count, space = plan.whole_rounds, self.traced.space
-        total = plan.total(self.task.train)
         source, model, scores = self.dense, self.dense, self.scores
         kept = everything(space)
         for number in range(count):
@@ -182,25 +189,22 @@ class Pruner:
             self.heal(model, kept, source)
             return model
         if weights == "scratch":
-            model = self.traced.cut(self.dense, kept).eval()
             with seeded(self.seed):
-                forget(model)
-            return model
-        early = None if self.task.past is None else self.task.past.early
-        if early is None:
-            raise InputError(
-                "finetune: weights=early are those that the network had early in its training, which the task does not "
-                "give: Task(past=Past(early=…, …)), or weights=trained"
-            )
-        if fingerprint(early) != self.traced.fingerprint:
-            raise InputError("finetune: weights=early: Task.past.early is of another architecture than the model")
+                if self.traced.narrows:  # as a module of this width is made
+                    model = self.traced.cut(self.dense, kept).eval()
+                    forget(model)
+                    return model
+                fresh = copy.deepcopy(self.dense)
+                forget(fresh)
+                return self.traced.cut(fresh, kept).eval()
+        early = early_of(self.task, self.traced)
         device = next(self.dense.parameters()).device
         tensors = {name: tensor.detach().to(device, copy=True) for name, tensor in tensors_of(early)}
         return self.traced.cut(with_tensors(self.dense, tensors), kept).eval()
 
-    def _gradually(self, ratios: Sequence[float], plan: Final) -> tuple[nn.Module, tuple[Labels, ...]]:
+    def _gradually(self, ratios: Sequence[float], plan: Final, total: int) -> tuple[nn.Module, tuple[Labels, ...]]:
         space, model = self.traced.space, copy.deepcopy(self.dense)
-        decay = plan.decay(plan.total(self.task.train))
+        decay = plan.decay(total)
         kept = everything(space)
 
         def after(step: int) -> None:
@@ -231,19 +235,62 @@ def narrowed(
     return tuple(found)
 
 
+def check_final(plan: Final, task: Task, traced: TracedModel) -> None:
+    """Raises InputError where a task's model cannot be trained so."""
+    with seeded(0):
+        total = plan.total(task.train)
+        if plan.schedule == "rewound" and total:
+            check_past(task.past, replace(plan, steps=math.ceil(total / plan.whole_rounds)), task.train)
+    if plan.pruning == "gradual" and total:
+        plan.decay(total)
+    if plan.weights == "early":
+        early_of(task, traced)
+    if plan.weights == "scratch":
+        fresh_modules(task.model)
+
+
+def early_of(task: Task, traced: TracedModel) -> nn.Module:
+    """The network as it was early in its training.
+
+    Raises:
+        InputError: the task does not give it, or gives one of another architecture.
+    """
+    early = None if task.past is None else task.past.early
+    if early is None:
+        raise InputError(
+            "finetune: weights=early are those that the network had early in its training, which the task does not "
+            "give: Task(past=Past(early=…, …)), or weights=trained"
+        )
+    if fingerprint(early) != traced.fingerprint:
+        raise InputError("finetune: weights=early: Task.past.early is of another architecture than the model")
+    return early
+
+
 def forget(model: nn.Module) -> None:
-    """Draw all parameters anew, in place, as each module does when it is made.
+    """Draw parameters anew, in place, as each module does when it is made. Modules that are frozen keep theirs, unless
+    the whole model is: it is trained all the same (recover.finetune).
 
     Raises:
         InputError: a module has parameters and does not say how.
     """
+    with torch.no_grad():
+        for draw in fresh_modules(model):
+            draw()
+
+
+def fresh_modules(model: nn.Module) -> list[Callable[[], object]]:
+    """What draws the parameters of each module anew; raises as `forget`."""
+    frozen, found = not any(p.requires_grad for p in model.parameters()), []
     for name, module in model.named_modules():
-        own = [key for key, _ in module.named_parameters(recurse=False)]
-        if own and not callable(getattr(module, "reset_parameters", None)):
+        own = dict(module.named_parameters(recurse=False))
+        if not own or not (frozen or any(p.requires_grad for p in own.values())):
+            continue
+        ways = (getattr(module, way, None) for way in ("reset_parameters", "_reset_parameters"))
+        draw = next(filter(callable, ways), None)
+        if draw is None:
             raise InputError(
                 f"finetune: weights=scratch: {name or 'the model'} ({type(module).__name__}) has the parameter "
-                f"{own[0]} and no reset_parameters() that draws it anew: add one, or weights=trained"
+                f"{next(iter(own))} and no reset_parameters() that draws it anew: add one, or weights=trained"
             )
-        if own:
-            with torch.no_grad():
-                module.reset_parameters()
+        found.append(draw)
+    return found

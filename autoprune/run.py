@@ -40,7 +40,7 @@ from autoprune.prune import ranking
 from autoprune.pruning_env import LayerPruningEnv
 from autoprune.recover import FineTune
 from autoprune.result import Result
-from autoprune.rounds import Final
+from autoprune.rounds import Final, check_final
 from autoprune.space import Space, trace
 from autoprune.storage import check_storage
 from autoprune.study import Study
@@ -96,6 +96,12 @@ def search(
     build = components.bind(chosen["strategy"], "strategy", (), (), {}, seed=seed)
     crew = components.built(Workers, "workers", workers)
     check_storage(storage)
+    plan = Final.of(final)
+
+    def check(traced: TracedModel) -> None:
+        check_settings(build, traced.space, seed=seed)
+        check_final(plan, task, traced)
+
     prepared = _prepared(
         task,
         budget,
@@ -110,7 +116,7 @@ def search(
         cache=cache,
         readings=readings,
         progress=progress,
-        check=lambda traced: check_settings(build, traced.space, seed=seed),
+        check=check,
     )
     evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
     answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
@@ -127,7 +133,7 @@ def search(
             budgets=prices.limits,
             progress=progress,
         ) as study:
-            answer = searched(planner, evaluator, prices, study, Final.of(final), progress, crew, prepared.rank)
+            answer = searched(planner, evaluator, prices, study, plan, progress, crew, prepared.rank)
     result = concluded(
         evaluator,
         prices,
@@ -236,6 +242,7 @@ def _prepared(
         check_writable(Path(cache), "evaluator.cache")
         trim(Path(cache))
     check_task(task)
+    scoring.recipe.check_task(task)
     progress.stage("tracing", None)
     traced = trace(task.model, task.inputs, space)
     progress.say(_summary(task, traced))

@@ -129,15 +129,15 @@ class TracedModel:
 
     @torch.no_grad()
     def silence(self, model: nn.Module, kept: Sequence[Labels]) -> None:
-        """Zero, in place, all parameters that go when these units are kept: the model then computes what the cut one
-        would."""
+        """Zero, in place, all parameters that go when these units are kept, and all that a block holds which goes: the
+        model then computes what the cut one would."""
         removed, out = self.removed(kept), tuple(f"{block}." for block in self.left_out(kept))
-        for name, parameter in model.named_parameters():
+        for name, tensor in tensors_of(model):
             if name.startswith(out):
-                parameter.zero_()
-                continue
-            for dim, gone in removed.get(name, {}).items():
-                parameter.index_fill_(dim, torch.from_numpy(gone).to(parameter.device), 0)
+                tensor.zero_()
+            elif isinstance(tensor, nn.Parameter):
+                for dim, gone in removed.get(name, {}).items():
+                    tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
 
     def weight_widths(self, model: nn.Module) -> dict[str, tuple[Width, Width]]:
         """Parameter -> the widths of its first two dimensions by the units kept; (1.0, {}) for one it lacks."""

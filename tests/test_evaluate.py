@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanSquaredError
 from torchmetrics.classification import MulticlassCohenKappa
 
-from autoprune.core import Candidate, CostModel, InputError, Measurement, Meter, Task, Trial
+from autoprune.core import Candidate, CostModel, InputError, Measurement, Meter, Past, Task, Trial
 from autoprune.costs import COUNTING, counted, counted_models
 from autoprune.criteria import Scores, l1
 from autoprune.evaluate import Evaluator, Scoring
@@ -144,6 +144,27 @@ def test_the_order_of_the_steps_is_kept() -> None:
     assert alike(healed(["bn_recalibrate", three], teach=0.7), before), "a fine-tune has no teacher"
 
 
+def test_scores_after_a_rewound_rate_are_of_that_past(tmp_path: Path) -> None:
+    def loss(power: int, kept: Path | None = tmp_path) -> float:
+        past = Past(epochs=30, schedule=lambda done: (1 - done) ** power)
+        ours = evaluator(kept, healing=[{"finetune": {"steps": 2, "schedule": "rewound"}}], past=past)
+        (trial,) = ours([(0, half("short"))])
+        assert trial.error is None
+        return trial.loss
+
+    assert loss(1) == loss(1, None)
+    assert loss(3) == loss(3, None) != loss(1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_second_recalibration_in_a_row_changes_nothing() -> None:
+    scoring = Scoring(recovery=["reconstruct", "bn_recalibrate", "distill", "bn_recalibrate"])
+    assert scoring.recipe.shareable
+    assert [step.name for step in scoring.recipe.of_recovery("probe")] == ["reconstruct", "bn_recalibrate"]
+    assert len(scoring.recipe.of_recovery("short")) == 4
+    assert not Scoring(recovery=["bn_recalibrate", "reconstruct"]).recipe.shareable
+
+
 def test_lessons_are_of_distill_alone() -> None:
     settings: dict[str, Any] = {"steps": 3, "teach": 0.5, "temperature": 2.0}
     taught = healed([{"distill": settings}])
@@ -184,7 +205,10 @@ def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
         ([{"finetune": {"teach": 0.5}}], "recovery: finetune has no setting 'teach': it takes epochs, steps, "),
         ([{"distill": {"step": 3}}], "recovery: distill has no setting 'step'"),
         ([{"distill": {"steps": 0}}], "recovery: distill: fine-tune: steps must be a whole number, 1 or more"),
-        ([{"finetune": {"lr_fraction": "fast"}}], "recovery: finetune: .*lr_fraction|str"),
+        (
+            [{"finetune": {"lr_fraction": "fast"}}],
+            "recovery: finetune: fine-tune: lr_fraction must be a finite number, got lr_fraction=fast",
+        ),
     ],
 )
 def test_a_recovery_that_goes_nowhere_is_refused(wrong: Any, message: str) -> None:

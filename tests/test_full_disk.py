@@ -85,8 +85,8 @@ def test_what_is_added_to_a_file_is_added_whole_or_not_at_all(disk: Disk) -> Non
 
 
 def test_a_comparison_is_read_after_the_row_that_did_not_fit(disk: Disk) -> None:
-    numbers = dict.fromkeys(("use", "dense", "before", "fine_tuned", "seconds"), 0.5)
-    row = Row(budget="b", strategy="s", seed=0, met=True, trials=1, made_of="x", **numbers)
+    others: dict[str, Any] = {"budget": "b", "strategy": "s", "seed": 0, "met": True, "trials": 1, "made_of": "x"}
+    row = Row(**dict.fromkeys(Row.__annotations__, 0.5) | others)
     file = disk.of(8) / "comparison.csv"
     for _ in range(20):
         _append(file, row)

@@ -100,6 +100,8 @@ def test_the_gradual_ratio_is_the_published_cubic_at_every_step() -> None:
     published = last + (first - last) * (1 - (inside - t_0) / (n * dt)) ** 3
     assert max(abs(decay(int(t)) - s) for t, s in zip(steps, published, strict=True)) <= 1e-9
     assert [t for t in range(500) if decay.due(t)] == [t_0 + i * dt for i in range(n + 1)]
+    by_default = Final(epochs=1).decay(80)
+    assert (by_default.begin_step, by_default.end_step, by_default.frequency) == (0, 60, 6)
     linear = PolynomialDecay(0.0, 1.0, 0, 10, power=1.0, frequency=3)
     assert [linear(t) for t in range(11)] == pytest.approx([t / 10 for t in range(11)], abs=1e-12)
     assert [t for t in range(20) if linear.due(t)] == [0, 3, 6, 9, 10], "and at its end"
@@ -198,7 +200,7 @@ def test_early_weights_are_gone_back_to() -> None:
 def test_fresh_weights_are_drawn_by_the_seed() -> None:
     before = random_state()
     one, again, other = (
-        tuned(replace(QUICK, epochs=0, weights="scratch"), seed=seed).model.state_dict() for seed in (1, 1, 2)
+        tuned(replace(QUICK, epochs=0, weights="scratch"), seed=seed).model.state_dict() for seed in (7, 7, 8)
     )
     assert random_state() == before
     assert all(torch.equal(one[name], again[name]) for name in one)
@@ -213,6 +215,79 @@ def test_fresh_weights_are_drawn_by_the_seed() -> None:
 
     with pytest.raises(InputError, match=r"the model \(Scaled\) has the parameter scale and no reset_parameters"):
         tuned(replace(QUICK, weights="scratch"), task_of(Scaled().eval()))
+
+
+def test_fresh_weights_are_fresh_behind_masks_and_leave_what_is_frozen() -> None:
+    task = task_of()
+    found = finetune_table(
+        task, table_of(task, (36, 400, 20), "weight"), final=replace(QUICK, epochs=0, weights="scratch"), seed=7
+    )
+    before = network().state_dict()
+    for name, tensor in found.model.state_dict().items():
+        if name.endswith("weight_orig"):
+            assert not torch.isclose(tensor, before[name.removesuffix("_orig")]).any(), name
+    frozen = network()
+    frozen[0].requires_grad_(False)  # type: ignore[index]
+    kept = tuned(replace(QUICK, epochs=0, weights="scratch"), task_of(frozen), seed=7)
+    units = kept.table.groups[0].units
+    assert torch.equal(kept.model[0].weight, before["0.weight"][list(units)])  # type: ignore[index]
+    assert not torch.equal(kept.model[8].weight, before["8.weight"][:, list(kept.table.groups[1].units)])  # type: ignore[index]
+
+
+class Unsized:
+    """A split without a length, that draws from the global generator."""
+
+    def __iter__(self) -> Any:
+        for x, y in splits():
+            yield x + 0 * torch.rand(1), y
+
+
+def test_no_global_generator_is_left_changed() -> None:
+    before = random_state()
+    for way in ({}, {"pruning": "iterative", "rounds": 2}, {"pruning": "gradual"}, {"weights": "scratch"}):
+        tuned(replace(QUICK, epochs=1, **way), task_of(train=Unsized()))
+        assert random_state() == before, way
+
+
+def test_what_cannot_be_trained_is_refused_before_the_search() -> None:
+    stages: list[str] = []
+
+    class Counted(Silent):
+        def stage(self, name: str, steps: int | None) -> None:
+            stages.append(name)
+
+    wrong: list[dict[str, Any]] = [
+        {"weights": "early"},
+        {"schedule": "rewound"},
+        {"pruning": "gradual", "end_step": 50},
+    ]
+    for change in wrong:
+        with pytest.raises(InputError, match=r"finetune|fine-tune"):
+            autoprune.search(task_of(), budget="params_60pct", final=replace(QUICK, **change), progress=Counted())
+    rewound = autoprune.Scoring(images=64, recovery=[{"finetune": {"steps": 2, "schedule": "rewound"}}])
+    with pytest.raises(InputError, match="which the task does not say"):
+        autoprune.search(task_of(), budget="params_60pct", scoring=rewound, progress=Counted())
+    assert set(stages) == {"tracing"}
+    for epochs, schedule in ((0, float), (3, None), (3, lambda done: -1.0)):
+        with pytest.raises(InputError, match=r"past\.(epochs|schedule)"):
+            autoprune.search(task_of(past=Past(epochs=epochs, schedule=schedule)), budget="params_60pct")  # type: ignore[arg-type]
+
+
+def test_a_criterion_sees_the_network_as_it_is_used() -> None:
+    modes: list[bool] = []
+
+    def watching(model: nn.Module, groups: Any, **given: Any) -> Any:
+        modes.append(model.training)
+        return l1(model, groups, **given)
+
+    from autoprune.prune import ranking
+
+    task = task_of()
+    traced = trace(task.model, task.inputs)
+    model = network().train()
+    ranking(traced, watching, batches=splits(), loss=task.loss, seed=0)(model)
+    assert modes == [False]
+    assert model.training
 
 
 def rates(final: Final, task: Task, monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -234,6 +309,10 @@ def test_a_rewound_rate_is_that_of_the_models_last_epochs(monkeypatch: pytest.Mo
     seen = rates(replace(QUICK, schedule="rewound", epochs=2.5), task, monkeypatch)
     original = [0.1 * (1 - step / 40) ** 2 for step in range(40)]  # ten epochs of four batches
     assert seen == pytest.approx(original[-10:])
+    given = replace(QUICK, epochs=2.5, lr_fraction=0.5, warm_up=0.0)
+    flat = replace(task, past=Past(epochs=10, schedule=lambda done: 0.5))
+    level = [tuned(replace(given, schedule=way), flat).model for way in ("constant", "rewound")]
+    assert same(*level), "nothing but the rate"
     twice = rates(replace(QUICK, schedule="rewound", epochs=2.5, pruning="iterative", rounds=2), task, monkeypatch)
     assert twice == pytest.approx(original[-5:] * 2), "each round goes back as far as it goes on"
     constant = rates(replace(QUICK, schedule="constant", warm_up=0.5, epochs=1), task, monkeypatch)

@@ -181,7 +181,7 @@ def test_the_study_shows_ratios_scores_and_costs(tmp_path: Path) -> None:
 
 
 def test_failing_candidates_are_recorded_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Healer.rebuilt
+    plain = Healer._cut
 
     def fragile(self: Healer, *args: Any, **how: Any) -> Any:
         *_, kept = args
@@ -189,7 +189,7 @@ def test_failing_candidates_are_recorded_and_left(monkeypatch: pytest.MonkeyPatc
             raise MemoryError("no room for this one")
         return plain(self, *args, **how)
 
-    monkeypatch.setattr(Healer, "rebuilt", fragile)
+    monkeypatch.setattr(Healer, "_cut", fragile)
     result = searched()
     failed = [t for t in result.trials if t.error]
     assert failed
