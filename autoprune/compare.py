@@ -49,9 +49,10 @@ NO_TOP = "no top-1 and top-5: the task's outputs are no scores of classes; its m
 class Row:
     """One search. use: the largest fraction of a limit that its network takes. before, fine_tuned: the metric on the
     test split, of the units that the answer ends with, as `evaluator.recovery` leaves them without training, and after
-    the final fine-tune; dense: of the dense network. trials: how many candidates were scored, finalists and answers included; seconds: from the
-    first to the last, with what the strategy thought between. compression, theoretical_speed_up: see Result. top1_*,
-    top5_*: as the metric at each of its three times, see final.Tested. made_of: a digest of all settings."""
+    the final fine-tune; dense: of the dense network. trials: how many candidates were scored, finalists and answers
+    included; seconds: from the first to the last, with what the strategy thought between. compression,
+    theoretical_speed_up: see Result. top1_*, top5_*: as the metric at each of its three times, see final.Tested.
+    made_of: a digest of all settings."""
 
     budget: str
     strategy: str

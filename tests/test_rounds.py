@@ -135,6 +135,13 @@ def test_rounds_share_the_steps_and_rank_anew() -> None:
     rebuilt.load_state_dict(found.model.state_dict())
 
 
+def test_what_is_gone_stays_gone_however_it_ranks() -> None:
+    space = trace(network(), task_of().inputs).space
+    first = (np.array([0, 2, 5, 7]), np.arange(12))
+    scores = [np.array([1.0, 9, 3, 9, 9, 2, 9, 2]), np.arange(12.0)]
+    assert [row.tolist() for row in narrowed(space, scores, (5 / 8, 10 / 12), first)] == [[2, 5, 7], [10, 11]]
+
+
 def test_silent_units_are_as_good_as_gone() -> None:
     for grain in ("channel", "weight"):
         task = task_of()
