@@ -132,7 +132,7 @@ class FineTune:
 
     def __post_init__(self) -> None:
         numbers = ("epochs", "lr_fraction", "momentum", "weight_decay", "warm_up", "teach", "temperature")
-        rules = {f"{name} must be a finite number": is_number(getattr(self, name)) for name in numbers}
+        rules = {f"{name} must be finite": is_number(getattr(self, name)) for name in numbers}
         check_rules("fine-tune", rules, vars(self))
         rules = {
             "epochs >= 0": self.epochs >= 0,

@@ -207,7 +207,7 @@ def test_a_recovery_that_is_none_is_refused(wrong: Any) -> None:
         ([{"distill": {"steps": 0}}], "recovery: distill: fine-tune: steps must be a whole number, 1 or more"),
         (
             [{"finetune": {"lr_fraction": "fast"}}],
-            "recovery: finetune: fine-tune: lr_fraction must be a finite number, got lr_fraction=fast",
+            "recovery: finetune: fine-tune: lr_fraction must be finite, got lr_fraction=fast",
         ),
     ],
 )
