@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check format test test-slow bench
+.PHONY: check format test test-slow test-long bench
 
 check:
 	$(PYTHON) -m ruff check .
@@ -15,8 +15,12 @@ test:
 	$(PYTHON) -m pytest -m "not slow"
 
 test-slow:
-	$(PYTHON) -m pytest -m "slow and not measuring"
-	$(PYTHON) -m pytest -n 0 -m "slow and measuring"
+	$(PYTHON) -m pytest -m "slow and not measuring and not long"
+	$(PYTHON) -m pytest -n 0 -m "slow and measuring and not long"
+
+test-long:
+	$(PYTHON) -m pytest -m "long and not measuring"
+	$(PYTHON) -m pytest -n 0 -m "long and measuring"
 
 bench:
 	$(PYTHON) experiments/allocation/scale.py

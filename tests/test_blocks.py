@@ -233,7 +233,9 @@ def test_heads_can_be_pruned_alone() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["sensitivity", "netadapt", "amc", "optuna"])
+@pytest.mark.parametrize(
+    "strategy", ["sensitivity", "netadapt", *(pytest.param(name, marks=pytest.mark.long) for name in ("amc", "optuna"))]
+)
 def test_every_strategy_searches_blocks_and_widths_together(strategy: str, tmp_path: Path) -> None:
     task = tiny.make_task()
     settings = {

@@ -18,7 +18,7 @@ from autoprune.units import Labels
 
 PORTION = 25
 FAST = range(1)
-SLOW = range(1, 500 // PORTION)
+SLOW, LONG = range(1, 7), range(7, 500 // PORTION)
 
 
 def drawn(seed: int) -> nn.Module:
@@ -70,7 +70,14 @@ def check(seed: int) -> TracedModel:
     return traced
 
 
-@pytest.mark.parametrize("portion", [*FAST, *(pytest.param(i, marks=pytest.mark.slow) for i in SLOW)])
+@pytest.mark.parametrize(
+    "portion",
+    [
+        *FAST,
+        *(pytest.param(i, marks=pytest.mark.slow) for i in SLOW),
+        *(pytest.param(i, marks=[pytest.mark.slow, pytest.mark.long]) for i in LONG),
+    ],
+)
 def test_no_accepted_group_is_wrong(portion: int) -> None:
     shares = []
     for seed in range(PORTION * portion, PORTION * (portion + 1)):

@@ -201,12 +201,17 @@ def test_a_masked_network_spread_computes_the_same(model: nn.Module, space: Spac
     torch.testing.assert_close(whole(*INPUTS), masked(*INPUTS))
 
 
-SEARCHES = [("weight", "sensitivity"), ("weight", "netadapt"), ("n_m", "sensitivity"), ("n_m", "random")]
+SEARCHES, MORE = [("weight", "sensitivity"), ("n_m", "random")], [("weight", "netadapt"), ("n_m", "sensitivity")]
 
 
 @pytest.mark.parametrize(
     ("grain", "strategy"),
-    [("weight", "global"), ("n_m", "global"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SEARCHES)],
+    [
+        ("weight", "global"),
+        ("n_m", "global"),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in SEARCHES),
+        *(pytest.param(*each, marks=[pytest.mark.slow, pytest.mark.long]) for each in MORE),
+    ],
 )
 def test_every_strategy_searches_and_its_table_rebuilds(grain: str, strategy: str, tmp_path: Path) -> None:
     task = tiny.make_task()

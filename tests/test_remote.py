@@ -265,7 +265,7 @@ def test_a_hanging_remote_process_ends_itself(server: Server) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("harm", ["connection", "worker"])
+@pytest.mark.parametrize("harm", ["connection", pytest.param("worker", marks=pytest.mark.long)])
 def test_a_search_survives_a_loss_within_a_round(server: Server, tmp_path: Path, harm: str) -> None:
     """The connection is cut, or the worker killed, while a round's winner is measured: the search goes on, no trial is
     lost or counted twice, the log has one line about it."""
