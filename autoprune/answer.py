@@ -60,6 +60,7 @@ def searched(
     evaluator: Evaluator,
     prices: Costs,
     study: Study,
+    *,
     plan: Final,
     progress: Progress,
     workers: Workers,

@@ -129,19 +129,25 @@ def healed(task: Task, table: RatioTable, batches: Sequence[Any], recovery: Sequ
     return model
 
 
+def shown(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    """A finetune's on_step by which `progress` sees it."""
+
+    def on_step(done: int, total: int) -> None:
+        if done == 1:
+            progress.stage(stage, total)
+        progress.step()
+
+    return on_step
+
+
 def tuning(task: Task, *, teacher: Teacher, seed: int, progress: Progress) -> Tune:
     """How a Pruner trains: on the task's training split, seen by `progress`."""
 
     def tune(model: nn.Module, plan: FineTune, number: int, after: Callable[[int], None]) -> None:
-        begun = False
+        seen = shown(progress, f"fine-tuning the answer{f', round {number + 1}' if number else ''}")
 
         def on_step(done: int, total: int) -> None:
-            nonlocal begun
-            if not begun:
-                again = f", round {number + 1}" if number else ""
-                progress.stage(f"fine-tuning the answer{again}", total)
-                begun = True
-            progress.step()
+            seen(done, total)
             after(done)
 
         with seeded(seed + number):

@@ -133,7 +133,9 @@ def search(
             budgets=prices.limits,
             progress=progress,
         ) as study:
-            answer = searched(planner, evaluator, prices, study, plan, progress, crew, prepared.rank)
+            answer = searched(
+                planner, evaluator, prices, study, plan=plan, progress=progress, workers=crew, rank=prepared.rank
+            )
     result = concluded(
         evaluator,
         prices,

@@ -19,7 +19,7 @@ from autoprune.borrowing import first, seeded
 from autoprune.checks import check_place, check_seed, check_task
 from autoprune.core import InputError, Progress, Silent, Task
 from autoprune.criteria import Groups
-from autoprune.final import test
+from autoprune.final import shown, test
 from autoprune.keywords import named, positional_task
 from autoprune.recover import FineTune, anchored, finetune
 from autoprune.space import Space, trace
@@ -106,7 +106,7 @@ def train(
                 past=task.past,
                 teacher=dense,
                 penalty=penalty,
-                on_step=_shown(progress, f"training with {components.named('regularizer', chosen)}"),
+                on_step=shown(progress, f"training with {components.named('regularizer', chosen)}"),
             )
     except FloatingPointError as error:
         raise InputError(f"{error}: a lower regularizer.strength or training.lr_fraction may help") from error
@@ -122,17 +122,6 @@ def train(
         groups={name: Silenced(units=len(own[0].positions), before=b, after=a) for name, own, b, a in counts},
         seconds=time.perf_counter() - began,
     )
-
-
-def _shown(progress: Progress, stage: str) -> Callable[[int, int], None]:
-    """A finetune's on_step by which `progress` sees it."""
-
-    def on_step(done: int, total: int) -> None:
-        if done == 1:
-            progress.stage(stage, total)
-        progress.step()
-
-    return on_step
 
 
 def near_zero(model: nn.Module, groups: Groups) -> list[int]:
