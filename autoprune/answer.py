@@ -48,7 +48,7 @@ def left_alone(evaluator: Evaluator, prices: Costs, asked: Sequence[str], progre
     for text, limit in zip(asked, prices.limits, strict=True):
         progress.say(_already(text, limit, known[limit.cost]))
     answer = Trial(number=0, candidate=Candidate(ratios=prices.traced.space.dense()), score=evaluator.dense().score)
-    record: dict[str, Any] = {"trials": (), "study": "", "findings": {}, "rounds": (), "episodes": ()}
+    record: dict[str, Any] = {"trials": (), "findings": {}, "rounds": (), "episodes": ()}
     record["seconds_searching"] = 0.0
     model = copy.deepcopy(evaluator.dense_model)
     kept = everything(prices.traced.space)
@@ -74,7 +74,7 @@ def searched(
     traces = {"rounds": getattr(planner, "trace", ()), "episodes": getattr(planner, "walked", ())}
     answer = best(trials, prices.steered, prices.limits)
     model, kept, pruned = _recovered(evaluator, answer, plan, progress, rank)
-    record = {"trials": trials, "study": study.name, "findings": findings, "seconds_searching": seconds}
+    record = {"trials": trials, "findings": findings, "seconds_searching": seconds}
     record |= {name: tuple(asdict(each) for each in made) for name, made in traces.items()}
     return Answer(trial=answer, model=model, kept=kept, pruned=pruned, record=record)
 
@@ -88,6 +88,13 @@ def _converse(
     evaluator.remember(history, Networks(folder_beside(study.storage, study.name)) if keeps else None)
     if history:
         progress.say(f"study '{study.name}' goes on: {len(history)} trials are not scored again")
+    for trial in history:
+        progress.scored(trial)
+
+    def scored(trial: Trial) -> None:
+        progress.step()
+        progress.scored(trial)
+
     with spread.over(evaluator, workers) as evaluate:
         trials = loop.search(
             planner,
@@ -95,7 +102,7 @@ def _converse(
             study.record,
             history=history,
             on_batch=lambda asked, known: progress.stage("scoring candidates", asked - known),
-            on_trial=lambda trial: progress.step(),
+            on_trial=scored,
         )
     return trials, len(history)
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torchmetrics import Metric
 
+    from autoprune.outset import Outset
+
     Floats = NDArray[np.float64]
 
 Recovery = Literal["none", "probe", "short"]
@@ -523,6 +525,12 @@ class Progress(Protocol):
 
     def say(self, line: str) -> None: ...
 
+    def begun(self, outset: Outset) -> None:
+        """The first candidate comes next."""
+
+    def scored(self, trial: Trial) -> None:
+        """A trial was finished, or is known of an earlier run."""
+
 
 class Silent:
     """Nobody watches."""
@@ -532,6 +540,10 @@ class Silent:
     def step(self) -> None: ...
 
     def say(self, line: str) -> None: ...
+
+    def begun(self, outset: Outset) -> None: ...
+
+    def scored(self, trial: Trial) -> None: ...
 
 
 # ------------------------------------------------------------------------------------------------------------- the task

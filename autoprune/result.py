@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from autoprune.core import Budget, Measurement, PruningSpace, Trial
+from autoprune.core import Measurement, Trial
+from autoprune.outset import Outset
 from autoprune.prune import RatioTable
-
-SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,10 @@ class LayerTime:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Outset):
     """The ratio table, the smaller network, and the record of how they were found.
 
-    dense, predicted, measured: every cost of the dense model, as predicted for the answer, and of the final network.
+    predicted, measured: every cost as predicted for the answer, and of the final network.
     findings: what the strategy has to say of single groups. rounds, episodes: its trace, where it has one
     (strategies.netadapt's Round, strategies.amc's Episode). held_out: (predicted, measured) ms of the networks that
     tell the cost table's error. layers: what each takes before and after. seconds_searching: from the
@@ -53,24 +52,13 @@ class Result:
     measurement.
     """
 
-    task: str
-    strategy: str
-    seed: int
-    device: str
     table: RatioTable
     model: nn.Module
-    space: PruningSpace
     ratios: tuple[float, ...]
     trials: tuple[Trial, ...]
     scores: Scores
-    dense: Mapping[str, Measurement]
     predicted: Mapping[str, float]
     measured: Mapping[str, Measurement]
-    budgets: tuple[Budget, ...]
-    asked: tuple[str, ...]
-    versions: Mapping[str, str]
-    study: str
-    storage: str | None
     evaluations: int
     cache_hits: int
     shared: float
@@ -81,7 +69,6 @@ class Result:
     episodes: tuple[Mapping[str, Any], ...]
     held_out: tuple[tuple[float, float], ...]
     layers: tuple[LayerTime, ...]
-    notes: tuple[str, ...]
 
     @property
     def met(self) -> bool:
@@ -108,54 +95,28 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The content of result.json."""
-        kept = self.space.kept(self.ratios)
-        return {
-            "schema": SCHEMA,
-            "task": self.task,
-            "strategy": self.strategy,
-            "seed": self.seed,
-            "device": self.device,
-            "versions": dict(self.versions),
+        values = super().to_json()
+        for name, row in values["costs"].items():
+            row |= {"predicted": self.predicted[name], "measured": asdict(self.measured[name])}
+        for row, b in zip(values["budgets"], self.budgets, strict=True):
+            m = self.measured[b.cost]
+            row |= {"value": m.value, "low": m.low, "high": m.high, "kind": m.kind, "met": b.met(m)}
+        values["search"] |= {
+            "trials": len(self.trials),
+            "failed": sum(t.error is not None for t in self.trials),
+            "evaluations": self.evaluations,
+            "cache_hits": self.cache_hits,
+            "shared": self.shared,
+            "seconds": self.seconds,
+            "seconds_searching": self.seconds_searching,
+            "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),
+        }
+        return values | {
             "score": asdict(self.scores),
-            "costs": {
-                name: {"dense": dense.value, "predicted": self.predicted[name], "measured": asdict(self.measured[name])}
-                for name, dense in self.dense.items()
-            },
-            "budgets": [
-                {
-                    "asked": asked,
-                    "cost": b.cost,
-                    "limit": b.limit,
-                    "unit": b.unit,
-                    "value": self.measured[b.cost].value,
-                    "low": self.measured[b.cost].low,
-                    "high": self.measured[b.cost].high,
-                    "kind": self.measured[b.cost].kind,
-                    "met": b.met(self.measured[b.cost]),
-                }
-                for asked, b in zip(self.asked, self.budgets, strict=True)
-            ],
-            "search": {
-                "study": self.study,
-                "storage": self.storage,
-                "trials": len(self.trials),
-                "failed": sum(t.error is not None for t in self.trials),
-                "evaluations": self.evaluations,
-                "cache_hits": self.cache_hits,
-                "shared": self.shared,
-                "seconds": self.seconds,
-                "seconds_searching": self.seconds_searching,
-                "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),
-            },
-            "groups": {
-                g.name: {"size": g.size, "kept": k, "ratio": r}
-                for g, k, r in zip(self.space.groups, kept, self.ratios, strict=True)
-            },
-            "refused": {r.name: r.reason for r in self.space.refused},
+            "groups": self.groups(self.ratios),
             "findings": dict(self.findings),
             "rounds": [dict(made) for made in self.rounds],
             "episodes": [dict(walked) for walked in self.episodes],
             "cost_table": {"held_out": [list(pair) for pair in self.held_out], "answers": self._answers()},
             "layers": [asdict(layer) for layer in self.layers],
-            "notes": list(self.notes),
         }

@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,7 +46,7 @@ from autoprune.space import Space, trace
 from autoprune.storage import check_storage
 from autoprune.study import Study
 from autoprune.traced import TracedModel
-from autoprune.verdict import concluded
+from autoprune.verdict import begun, concluded
 
 Kind = TypeVar("Kind")
 
@@ -119,7 +120,10 @@ def search(
         check=check,
     )
     evaluator, prices, asked = prepared.evaluator, prepared.prices, prepared.asked
+    named_as = {group: components.named(group, values) for group, values in chosen.items()}
+    outset = partial(begun, evaluator, prices, asked=asked, strategy=named_as["strategy"], storage=storage)
     answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
+    name = ""
     if answer is None:
         ranked = prices.traced.space.ranked(evaluator.importance)
         planner: Strategy = build(ranked, prices.steered, prices.limited, seed=seed)  # it may refuse
@@ -133,6 +137,7 @@ def search(
             budgets=prices.limits,
             progress=progress,
         ) as study:
+            progress.begun(outset(study=name))
             answer = searched(
                 planner, evaluator, prices, study, plan=plan, progress=progress, workers=crew, rank=prepared.rank
             )
@@ -140,11 +145,10 @@ def search(
         evaluator,
         prices,
         answer,
-        asked=asked,
-        chosen=chosen,
+        outset=outset(study=name),
+        criterion=named_as["criterion"],
         device=prepared.device,
         progress=progress,
-        storage=storage,
         began=began,
     )
     named(result.model)

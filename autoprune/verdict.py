@@ -1,4 +1,4 @@
-"""The end of a search: the final network is measured and tested, and all that is known of it is put down."""
+"""What is put down of a search: at its outset, and at its end, when the final network is measured and tested."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from autoprune import __version__, components
+from autoprune import __version__
 from autoprune.answer import Answer
-from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
+from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Task, Trial
 from autoprune.costs import Costs, layer_times
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import test
 from autoprune.meters.device import Device, MeasuringError
+from autoprune.outset import Outset, parts_of
 from autoprune.prune import RatioTable, TableGroup, weights_hash
 from autoprune.result import LayerTime, Result, Scores
 from autoprune.traced import TracedModel
@@ -32,11 +33,10 @@ def concluded(
     prices: Costs,
     answer: Answer,
     *,
-    asked: Sequence[str],
-    chosen: Mapping[str, Mapping[str, Any]],
+    outset: Outset,
+    criterion: str,
     device: Device,
     progress: Progress,
-    storage: str | None,
     began: float,
 ) -> Result:
     """Measure and test the final network, and put down all that is known of it. began: by time.perf_counter()."""
@@ -45,48 +45,72 @@ def concluded(
     if prices.device and not answer.known:
         progress.stage(f"measuring the answer on {device.name}", None)
     measured = answer.known or _measured(evaluator, model, answer.trial)
-    named = {group: components.named(group, values) for group, values in chosen.items()}
-    provenance = {"task": task.name, "strategy": named["strategy"], "seed": evaluator.seed, "versions": _versions()}
+    provenance = {name: getattr(outset, name) for name in ("task", "strategy", "seed", "versions")}
     return Result(
-        task=task.name,
-        strategy=named["strategy"],
-        seed=evaluator.seed,
-        device=prices.device or _place(evaluator.scoring),
+        **vars(outset),
         table=RatioTable(
             groups=_table_groups(prices.traced, answer.kept),
             architecture=prices.traced.fingerprint,
             weights=weights_hash(task.model),
-            criterion=named["criterion"],
+            criterion=criterion,
             grain="+".join(prices.traced.grain),
-            budgets=_verdicts(asked, prices.limits, measured),
+            budgets=_verdicts(outset.asked, prices.limits, measured),
             provenance=provenance,
         ),
         model=model,
-        space=prices.traced.space,
         ratios=ratios,
         scores=scores,
-        dense=prices.dense,
         predicted={n: c.predict(ratios) for n, c in prices.models.items()},
         measured=measured,
-        budgets=prices.limits,
-        asked=tuple(asked),
-        versions=_versions(),
         evaluations=evaluator.evaluations,
         cache_hits=evaluator.hits,
         shared=evaluator.shared,
         held_out=tuple(prices.table.held_out_pairs(prices.traced.space)) if prices.table else (),
         layers=_layers(device, evaluator, model) if prices.table else (),
-        notes=task.notes,
         seconds=time.perf_counter() - began,
-        storage=storage,
         **answer.record,
     )
+
+
+def begun(
+    evaluator: Evaluator,
+    prices: Costs,
+    *,
+    asked: Sequence[str],
+    strategy: str,
+    study: str,
+    storage: str | None,
+) -> Outset:
+    """What a search begins with."""
+    task = evaluator.task
+    return Outset(
+        task=task.name,
+        strategy=strategy,
+        seed=evaluator.seed,
+        device=prices.device or _place(evaluator.scoring),
+        metric=type(task.metric).__name__,
+        dense_score=_sign(task) * evaluator.dense().score,
+        dense=prices.dense,
+        budgets=prices.limits,
+        asked=tuple(asked),
+        space=prices.traced.space,
+        parts=parts_of(prices.traced, evaluator.dense_model),
+        study=study,
+        storage=storage,
+        versions=_versions(),
+        notes=task.notes,
+    )
+
+
+def _sign(task: Task) -> float:
+    """Scores are better the higher, the task's metric may not be."""
+    return -1.0 if task.metric.higher_is_better is False else 1.0
 
 
 def _scores(evaluator: Evaluator, answer: Answer, progress: Progress) -> Scores:
     """In the metric's own sign, on the search split and the test split."""
     task = evaluator.task
-    sign = -1.0 if task.metric.higher_is_better is False else 1.0
+    sign = _sign(task)
     recovered = sign * evaluator.scored(answer.model).score
     progress.stage("reading the test split", None)
     of_dense, of_answer = test(task, [evaluator.dense_model, answer.model])

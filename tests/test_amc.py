@@ -14,7 +14,7 @@ from tiny import make_task
 from zoo import ZOO
 
 import autoprune
-from autoprune import report
+from autoprune import console, report
 from autoprune.allocate import allocate
 from autoprune.bound import Bound
 from autoprune.core import Budget, Candidate, CostModel, InputError, PruningSpace, Trial
@@ -318,7 +318,7 @@ def test_a_search_by_its_name_shows_its_rewards(tmp_path: Path, capsys: pytest.C
     assert result.met
     assert len(result.episodes) == 10
     report.write(result, tmp_path)
-    report.show(result, tmp_path)
+    console.show(result, tmp_path)
     assert "Episodes" in (tmp_path / "report.html").read_text()
     assert "in the warm-up (mean)" in capsys.readouterr().out
 

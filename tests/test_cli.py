@@ -20,7 +20,7 @@ import safetensors.torch
 import tiny
 import torch
 
-from autoprune import RatioTable, cli
+from autoprune import RatioTable, cli, commands
 from autoprune.configuration import config_of
 from autoprune.core import DeviceLostError
 from autoprune.prune import weights_hash
@@ -216,14 +216,14 @@ def test_help_answers_at_once_and_names_every_command() -> None:
     began = time.perf_counter()
     shown = subprocess.run([sys.executable, "-m", "autoprune", "--help"], capture_output=True, text=True, check=True)
     print(f"--help: {time.perf_counter() - began:.2f} s")  # noqa: T201
-    for command in cli.COMMANDS:
+    for command in commands.COMMANDS:
         assert f"\n  {command} " in shown.stdout
     program = "import sys; from autoprune.cli import main; main(['--help']); print('torch' in sys.modules)"
     light = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert light.stdout.strip().endswith("False"), "--help imports torch"
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize("command", commands.COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -289,7 +289,7 @@ def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture
     table, tensors = RatioTable.load(found / "ratios.yaml"), safetensors.torch.load_file(folder / "trained.safetensors")
     (group,) = [g for g in table.groups if g.name == "1.body.0.0"]
     assert int(tensors["1.body.0.1.weight"].abs().argmin()) not in group.units
-    again = cli._task(config_of(found)).model  # what measure takes for the dense network
+    again = commands._task(config_of(found)).model  # what measure takes for the dense network
     assert all(torch.equal(tensors[name], tensor) for name, tensor in again.state_dict().items())
     assert weights_hash(again) == table.weights != weights_hash(tiny.make_task().model)
 

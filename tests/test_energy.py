@@ -18,7 +18,7 @@ from tiny import make_task
 from torch import nn
 from zoo import ZOO
 
-from autoprune import report
+from autoprune import console, report
 from autoprune.costs import modelled_energy
 from autoprune.meters.device import Device
 from autoprune.meters.energy import Constants, Counter, MeasuredEnergy, ModelledEnergy, counter_of
@@ -73,7 +73,7 @@ def test_a_search_under_modelled_energy_says_so_everywhere(tmp_path: Path, capsy
     assert "latency_ms" not in result.measured, "no latency table is made for it"
 
     report.write(result, tmp_path)
-    report.show(result, tmp_path)
+    console.show(result, tmp_path)
     shown = " ".join(capsys.readouterr().out.split())
     assert "met (modelled, not measured)" in shown
     assert "energy_mj (modelled)" in shown

@@ -520,7 +520,7 @@ TASK = ("name", "train", "search", "test", "loss", "metric", "lr")
 
 
 def test_markup_in_a_budget_is_text(capsys: pytest.CaptureFixture[str]) -> None:
-    from autoprune.report import show_again
+    from autoprune.console import show_again
 
     then = Measurement(value=5, unit="ms", low=4, high=6, kind="measured", notes=("[/red]",))
     assert show_again(then, then, {"[/red]": Budget("latency_ms", 7, "ms")})

@@ -10,7 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"writing", "dispatch"},
+    {"writing", "dispatch", "screen"},
     {"units", "borrowing", "keywords", "handing", "untrusted", "crew"},
     {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep", "weights"},
     {
@@ -32,15 +32,17 @@ LAYERS = [
     {"tracing", "blocks", "probe", "proof", "agent", "activations"},
     {"masks"},
     {"space"},
-    {"lease", "lineage", "prune", "rounds", "scores", "storage", "strategies", "tasks"},
+    {"lease", "lineage", "outset", "prune", "rounds", "scores", "storage", "strategies", "tasks"},
     {"cache", "components", "healer", "result", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread"},
-    {"answer", "report", "testing", "training"},
+    {"answer", "console", "report", "testing", "training"},
     {"verdict"},
     {"run"},
     {"compare"},
     {"configuration"},
+    {"runfolder"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -53,7 +55,7 @@ ONLY_IN = {
     "ray": {"workers.py"},
     "omegaconf": {"configuration.py"},
     "hydra": {"configuration.py"},
-    "rich": {"report.py"},
+    "rich": {"console.py", "screen.py"},
     "fvcore": {"meters/counts.py"},
     "execnet": {"meters/device.py"},
     "cloudpickle": {"meters/wire.py", "meters/worker.py", "crew.py", "workers.py"},

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from autoprune import cli
+from autoprune import commands
 from autoprune.configuration import configured
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ def test_there_are_commands_to_run() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in PLACEHOLDERS)])
 def test_every_command_is_accepted(command: str) -> None:
     _, name, *words = shlex.split(command)
-    assert name in cli.COMMANDS
+    assert name in commands.COMMANDS
     configured(name, words)
 
 

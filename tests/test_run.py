@@ -16,7 +16,7 @@ from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 
 import autoprune
-from autoprune import report
+from autoprune import console, report
 from autoprune.answer import best
 from autoprune.borrowing import first, seeded
 from autoprune.core import InputError, Silent, Task
@@ -349,7 +349,7 @@ def test_without_cuda_it_is_refused() -> None:
     [(True, 15.0, "met"), (False, 21.0, "not met"), (False, 18.0, "not shown to be met"), (None, 18.0, "undecided")],
 )
 def test_what_is_said_of_a_budget_is_what_was_shown(met: bool | None, low: float, said: str) -> None:
-    assert f"]{said}[/]" in report._verdict(met, low, limit=20.0)
+    assert f"]{said}[/]" in console._verdict(met, low, limit=20.0)
 
 
 def test_a_task_whose_inputs_have_names_is_searched_reused_and_given_back_as_it_is() -> None:
