@@ -232,8 +232,9 @@ def _told(command: str, words: Sequence[str]) -> list[str]:
 
     key, told = "study.storage=", []
     for word in words:
-        hidden = shown(word.removeprefix(key).strip("'")) if word.startswith(key) else None
-        told.append(word if hidden is None or hidden in word else key + hidden)
+        url = word.removeprefix(key).strip("'\"")
+        hidden = shown(url) if word.startswith(key) else url
+        told.append(word.replace(url, hidden))
     return ["python", "-m", "autoprune", command, *told]
 
 

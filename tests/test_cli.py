@@ -442,3 +442,12 @@ def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: p
     status, _, err = run(capsys, "doctor", "space.levels=1")
     assert status == 2
     assert "autoprune: space: levels >= 2 must hold" in err
+
+
+def test_a_command_is_written_down_without_its_password() -> None:
+    url = "postgresql+psycopg://me:secret@host/studies"
+    for word in (f"study.storage={url}", f"study.storage='{url}?host=%2Frun'"):
+        told = commands._told("search", ["seed=1", word])
+        assert told == ["python", "-m", "autoprune", "search", "seed=1", word.replace("secret", "***")]
+    plain = ["study.storage=sqlite:///my.db", "budget=flops_50pct"]
+    assert commands._told("search", plain)[3:] == ["search", *plain]

@@ -242,6 +242,7 @@ def test_the_same_model_is_not_called_faster() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_high_quantile_is_above_the_median() -> None:
     """Every fifth pass is slow: p90 shows it, absolutely and as a ratio, and p50 does not. (One pass takes over a
     millisecond: shorter ones are timed several at once.)"""

@@ -159,6 +159,7 @@ def test_an_unreachable_budget_ends_with_the_smallest_measured(folder: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_hanging_worker_costs_one_line_and_no_trial(
     whole: Result, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -82,6 +82,7 @@ def test_megabytes_are_not_drawn_among_milliseconds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_search_that_was_interrupted_goes_on_by_the_same_dense_measurement(tmp_path: Path) -> None:
     class Impatient(Silent):
         def stage(self, name: str, steps: int | None) -> None:

@@ -19,12 +19,14 @@ import autoprune
 from autoprune import console, report
 from autoprune.answer import best
 from autoprune.borrowing import first, seeded
-from autoprune.core import InputError, Silent, Task
+from autoprune.core import InputError, Silent, Task, Trial, amount_of
 from autoprune.evaluate import Scoring
 from autoprune.final import finetune_table, healed
 from autoprune.healer import Healer
+from autoprune.outset import Outset, parts_of
 from autoprune.recover import FineTune
 from autoprune.result import Result
+from autoprune.space import Space, trace
 from autoprune.traced import tensors_of
 
 QUICK = FineTune(epochs=0.2, teach=0.0)
@@ -295,6 +297,55 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     batch = make_task().search[0][0]  # type: ignore[index]
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(batch), result.model(batch))
+
+
+def test_what_a_search_begins_with_is_told_and_is_part_of_its_result(tmp_path: Path) -> None:
+    import json
+
+    class Told(Silent):
+        def __init__(self) -> None:
+            self.outsets: list[Outset] = []
+            self.trials: list[Trial] = []
+
+        def begun(self, outset: Outset) -> None:
+            assert not self.trials, "before the first trial"
+            self.outsets.append(outset)
+
+        def scored(self, trial: Trial) -> None:
+            self.trials.append(trial)
+
+    told, again = Told(), Told()
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    result = searched(storage=storage, progress=told)
+    (outset,) = told.outsets
+    assert sorted(told.trials, key=lambda t: t.number) == list(result.trials)
+    searched(storage=storage, progress=again)
+    assert again.trials == list(result.trials), "of an earlier run"
+    report.begin(outset, tmp_path, ["search", "budget=flops_50pct"])
+    began, ended = json.loads((tmp_path / "outset.json").read_text()), result.to_json()
+    assert began.pop("command") == ["search", "budget=flops_50pct"]
+    assert began["search"] == {"study": result.study, "storage": storage}
+    for key in ("task", "strategy", "seed", "device", "versions", "refused", "notes", "schema"):
+        assert began[key] == ended[key], key
+    for key in ("score", "search"):
+        assert began[key].items() <= ended[key].items(), key
+    for before, after in zip(began["budgets"], ended["budgets"], strict=True):
+        assert before.items() <= after.items()
+
+
+def test_a_group_holds_the_costs_of_the_layers_it_cuts() -> None:
+    with seeded(0):
+        layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.Flatten()]
+        model, image = nn.Sequential(*layers, nn.Linear(6 * 64, 3)), torch.rand(1, 1, 8, 8)
+    traced = trace(model, (image,), Space(levels=3, max_ratio=0.5))
+    parts = parts_of(traced, model)
+    assert [(p.members, p.kinds) for p in parts.values()] == [(("0",), ("Conv2d",)), (("2",), ("Conv2d",))]
+    macs = {"0": 64 * 9 * 4, "2": 64 * 9 * 4 * 6, "4": 64 * 6 * 3}
+    for widths in ([4, 6], [2, 6], [2, 3]):
+        first, second = widths[0] / 4, widths[1] / 6
+        of_first = macs["0"] * first + macs["2"] * first * second
+        assert amount_of(parts["0"].terms["macs"], widths) == of_first
+        assert amount_of(parts["2"].terms["macs"], widths) == (macs["2"] * first + macs["4"]) * second
 
 
 def _with_weights(value: float) -> Task:

@@ -201,6 +201,7 @@ def test_a_limit_that_only_single_candidates_keep_ends_scoring_together(caplog: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_what_came_while_a_trial_was_recorded_is_not_late() -> None:
     made = evaluator()
     batch = [(n, replace(c, recovery="short")) for n, c in swept(made, 1)[:3]]
