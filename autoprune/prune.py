@@ -5,7 +5,6 @@ Letters: G groups, U units of one group.
 
 from __future__ import annotations
 
-import base64
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from autoprune.borrowing import evaluating, seeded
 from autoprune.core import InputError, PruningSpace
 from autoprune.keywords import named, unnamed
 from autoprune.reconstruct import Reconstruction
+from autoprune.rows import Dumper, TableGroup, read, written
 from autoprune.space import Space, trace
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
@@ -85,20 +85,6 @@ def weights_hash(model: nn.Module) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TableGroup:
-    """One row of a ratio table: `units` are the numbers of those kept out of `size`."""
-
-    name: str
-    size: int
-    units: tuple[int, ...]
-    members: tuple[str, ...]
-
-    @property
-    def ratio(self) -> float:
-        return (self.size - len(self.units)) / self.size
-
-
-@dataclass(frozen=True, kw_only=True)
 class RatioTable:
     """How much to prune from each group of one architecture, with where that comes from.
 
@@ -125,20 +111,10 @@ class RatioTable:
             "grain": self.grain,
             "budgets": [dict(b) for b in self.budgets],
             "provenance": dict(self.provenance or {}),
-            "groups": {
-                g.name: {
-                    "size": g.size,
-                    "kept": len(g.units),
-                    "ratio": round(g.ratio, 6),
-                    "members": list(g.members),
-                    **({"kind": "block"} if not g.units else {}),
-                    **({"bits": _packed(g)} if self.grain == "weight" else {"units": list(g.units)}),
-                }
-                for g in self.groups
-            },
+            "groups": {g.name: written(g, as_bits=self.grain == "weight") for g in self.groups},
         }
         with whole(Path(path)) as temporary:
-            temporary.write_text(yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=110))
+            temporary.write_text(yaml.dump(values, Dumper=Dumper, sort_keys=False, width=110))
 
     @staticmethod
     def load(path: str | Path) -> RatioTable:
@@ -157,7 +133,7 @@ class RatioTable:
             raise InputError(f"{path} is not a ratio table of format {FORMAT}; give the ratios.yaml of a search")
         try:
             return RatioTable(
-                groups=tuple(_read_group(name, row, path) for name, row in values["groups"].items()),
+                groups=tuple(read(name, row, path) for name, row in values["groups"].items()),
                 architecture=str(values["architecture"]),
                 weights=str(values["weights"]),
                 criterion=str(values["criterion"]),
@@ -205,6 +181,35 @@ class RatioTable:
     def kept(self) -> tuple[Labels, ...]:
         """The units that each group keeps, ascending."""
         return tuple(np.array(g.units, dtype=np.int64) for g in self.groups)
+
+    def layer_ratios(self) -> dict[str, float]:
+        """Layer -> its ratio, which is what other tools are told; of one with units of several groups, of them all."""
+        layers = {member: [g for g in self.groups if member in g.members] for g in self.groups for member in g.members}
+        return {name: 1 - sum(len(g.units) for g in of) / sum(g.size for g in of) for name, of in layers.items()}
+
+    def to_torch_pruning(self, model: nn.Module) -> dict[nn.Module, float]:
+        """The pruning_ratio_dict by which a pruner of Torch-Pruning (1.6.1) cuts this model to the table's widths, with
+        pruning_ratio=0, without which it cuts the layers that are not in the table too. Which units go is the pruner's
+        choice. It rounds widths down, so that each ratio is less than the table's by a millionth.
+
+        Raises:
+            InputError: another architecture, or units that are not the channels of a convolution or linear layer.
+        """
+        ratios = {}
+        for group in self.groups:
+            for name in group.members:
+                try:
+                    layer: Any = model.get_submodule(name)
+                except AttributeError:
+                    raise InputError(f"this model has no layer '{name}': it is another architecture") from None
+                width = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+                if self.grain != "channel" or width != group.size or layer in ratios:
+                    raise InputError(
+                        f"group '{group.name}' is of {group.size} units of {self.grain}, layer '{name}' has {width} "
+                        "channels: Torch-Pruning is told of whole layers' channels alone; RatioTable.prune cuts all"
+                    )
+                ratios[layer] = max(group.ratio - 1e-6, 0.0)
+        return ratios
 
     def keeping(self, kept: Sequence[Labels]) -> RatioTable:
         """The same table with these units of each group."""
@@ -294,47 +299,6 @@ class RatioTable:
         if [order[g.name] for g in self.groups] != list(range(len(self.groups))):
             raise InputError("the groups of the ratio table are in another order: it is another architecture")
         return traced
-
-
-def _read_group(name: str, row: Mapping[str, Any], path: str | Path) -> TableGroup:
-    size, place = row["size"], f"ratio table {path}: group '{name}'"
-    if not isinstance(name, str) or not all(isinstance(member, str) for member in row["members"]):
-        raise InputError(f"ratio table {path}: the names of group '{name}' and of its members must be text")
-    units = tuple(row["units"]) if "units" in row else _unpacked(row["bits"], size, place)
-    least = 0 if row.get("kind") == "block" else 1
-    whole = type(size) is int and all(type(u) is int for u in units)
-    if not whole or len(units) != row["kept"] or list(units) != sorted(set(units)) or not least <= len(units) <= size:
-        raise InputError(f"ratio table {path}: group '{name}' must keep {least} to {size} distinct ascending units")
-    if units and (units[0] < 0 or units[-1] >= size):
-        raise InputError(f"ratio table {path}: units of group '{name}' must lie in 0..{size - 1}")
-    return TableGroup(name=name, size=size, units=units, members=tuple(row["members"]))
-
-
-def _packed(group: TableGroup) -> str:
-    """Which of many units are kept, a bit each, in base64."""
-    kept = np.zeros(group.size, dtype=bool)
-    kept[list(group.units)] = True
-    return base64.b64encode(np.packbits(kept).tobytes()).decode()
-
-
-def _unpacked(bits: str, size: int, place: str) -> tuple[int, ...]:
-    packed = base64.b64decode(bits, validate=True)
-    if type(size) is not int or len(packed) != (size + 7) // 8:
-        raise InputError(f"{place} must have a bit for each of its units, got {8 * len(packed)} for {size}")
-    kept = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=size)
-    return tuple(np.flatnonzero(kept).tolist())
-
-
-class _Dumper(yaml.SafeDumper):
-    """Lists on one line, mappings in blocks: a table that people can read, and every value where it is."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_Dumper.add_representer(
-    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-)
 
 
 def _no_loss(output: Any, target: Any) -> Tensor:

@@ -20,8 +20,9 @@ from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import test
 from autoprune.meters.device import Device, MeasuringError
 from autoprune.outset import Outset, parts_of
-from autoprune.prune import RatioTable, TableGroup, weights_hash
+from autoprune.prune import RatioTable, weights_hash
 from autoprune.result import LayerTime, Result, Scores
+from autoprune.rows import TableGroup
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 

@@ -11,7 +11,7 @@ PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
     {"writing", "dispatch", "screen"},
-    {"units", "borrowing", "keywords", "handing", "untrusted", "crew"},
+    {"units", "borrowing", "keywords", "handing", "rows", "untrusted", "crew"},
     {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep", "weights"},
     {
         "label_rules",

@@ -15,7 +15,8 @@ from zoo import ZOO
 from autoprune import criteria
 from autoprune.core import InputError
 from autoprune.keywords import positional
-from autoprune.prune import RatioTable, TableGroup, choose_units, weights_hash
+from autoprune.prune import RatioTable, choose_units, weights_hash
+from autoprune.rows import TableGroup
 from autoprune.space import trace
 from autoprune.tasks.resnet import ResNet
 
@@ -196,3 +197,41 @@ def test_a_pruned_network_is_called_as_the_given_one_is(tmp_path: Path) -> None:
         again_by_place = table.rebuild(adapted, ordered, tmp_path / "pruned.safetensors")
         assert torch.equal(again(**inputs), by_name(**inputs))
         assert torch.equal(again_by_place(*ordered), by_name(**inputs))
+
+
+@pytest.mark.parametrize("name", ["plain", "vgg", "resnet", "mobilenetv2"])
+@pytest.mark.parametrize("ratio", [0.3, 0.7])
+def test_torch_pruning_cuts_the_widths_of_a_table(name: str, ratio: float) -> None:
+    import torch_pruning
+
+    torch.manual_seed(0)
+    model, inputs = ZOO[name].build().eval(), ZOO[name].inputs()
+    table = table_of(model, ratio, inputs)
+    wanted = {key: tensor.shape for key, tensor in table.prune(model, inputs).state_dict().items()}
+    importance = torch_pruning.importance.MagnitudeImportance(p=1)
+    ratios = table.to_torch_pruning(model)
+    pruner = torch_pruning.pruner.MagnitudePruner(
+        model, inputs[0], importance, pruning_ratio=0, pruning_ratio_dict=ratios
+    )
+    pruner.step()
+    assert {key: tensor.shape for key, tensor in model.state_dict().items()} == wanted
+
+
+def test_what_torch_pruning_cannot_be_told_is_refused() -> None:
+    for name, says in (("heads", "group 'body.q' is of 4 units"), ("listed_split", "group 'a.0")):
+        model = ZOO[name].build().eval()
+        with pytest.raises(InputError, match=says):
+            table_of(model, inputs=ZOO[name].inputs()).to_torch_pruning(model)
+    with pytest.raises(InputError, match="this model has no layer 'conv1'"):
+        table_of(network()).to_torch_pruning(ZOO["plain"].build())
+
+
+def test_layers_have_the_ratio_of_their_group_or_of_all_of_theirs() -> None:
+    table = table_of(network())
+    layers = table.layer_ratios()
+    assert (layers["conv1"], layers["layer1.0.conv2"]) == (0.5, 0.5)
+    assert set(layers) == {member for g in table.groups for member in g.members}
+    rows = [
+        TableGroup(name=n, size=s, units=tuple(range(k)), members=("a",)) for n, s, k in (("a", 4, 1), ("a#2", 2, 2))
+    ]
+    assert dataclasses.replace(table, groups=tuple(rows)).layer_ratios() == {"a": 0.5}

@@ -19,9 +19,10 @@ from autoprune.borrowing import seeded
 from autoprune.core import InputError, Past, Silent
 from autoprune.criteria import l1
 from autoprune.final import FineTuned, finetune_table
-from autoprune.prune import TableGroup, weights_hash
+from autoprune.prune import weights_hash
 from autoprune.recover import FineTune
 from autoprune.rounds import Final, PolynomialDecay, everything, narrowed
+from autoprune.rows import TableGroup
 from autoprune.space import Space, trace
 from autoprune.testing.worlds import random_state
 from autoprune.traced import tensors_of
