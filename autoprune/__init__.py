@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autoprune.core import Budget, InputError, Past, PruningSpace, Task
     from autoprune.diagnosis import doctor
     from autoprune.evaluate import Scoring
+    from autoprune.exporting import export
     from autoprune.measuring import latency, profile
     from autoprune.prune import RatioTable
     from autoprune.pruning_env import LayerPruningEnv
@@ -34,6 +35,7 @@ _HOMES = {
     "Task": "core",
     "doctor": "diagnosis",
     "environment": "run",
+    "export": "exporting",
     "latency": "measuring",
     "profile": "measuring",
     "search": "run",
@@ -53,6 +55,7 @@ __all__ = [
     "Task",
     "doctor",
     "environment",
+    "export",
     "latency",
     "profile",
     "search",

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from autoprune.commands import COMMANDS
 from autoprune.configuration import command_help
-from autoprune.core import DeviceLostError, InputError, StorageError
+from autoprune.core import DeviceLostError, InputError, MismatchError, StorageError
 from autoprune.crew import WorkersLostError
 from autoprune.writing import is_full
 
@@ -34,6 +34,7 @@ usage: python -m autoprune COMMAND [key=value ...]
   profile    build or refresh the device's cost table               profile device=torch_cpu
   measure    measure a finished run's network again                measure outputs/.../
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
+  export     the pruned network as ONNX, torch or safetensors       export outputs/.../ format=onnx
   report     write report.html of a finished run again              report outputs/.../
 
 python -m autoprune COMMAND --help shows every key with its default.
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         sys.stderr.write(f"autoprune: {_one_line(error)}\n")
         return WRONG_INPUT
+    except MismatchError as error:
+        sys.stderr.write(f"autoprune: {_one_line(error)}\n")
+        return FAILED
     except (DeviceLostError, StorageError, WorkersLostError) as error:
         return _cut_short(error, arguments)
     except KeyboardInterrupt:

@@ -207,6 +207,23 @@ def _measure(words: Sequence[str]) -> int:
     return MET if console.show_again(then, now, budgets) else NOT_MET
 
 
+def _export(words: Sequence[str]) -> int:
+    if not words or ("=" in words[0] and not Path(words[0]).is_dir()):
+        raise InputError(
+            "export takes the folder of a finished run first: python -m autoprune export RUN_DIR format=onnx"
+        )
+    settings = configured("export", words[1:])
+    from autoprune import console, exporting
+
+    folder, output = Path(words[0]), settings.pop("output")
+    plan = made(exporting.Plan, settings, "export")
+    if not isinstance(output, str | None):
+        raise InputError(f"output must be a path, got {output!r}")
+    task = _task(config_of(folder, ("task",)))
+    console.show_exported(exporting.export_run(task, folder, plan, output=output), folder)
+    return MET
+
+
 def _report(words: Sequence[str]) -> int:
     from autoprune import report
 
@@ -270,5 +287,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "profile": _profile,
     "finetune": _finetune,
     "measure": _measure,
+    "export": _export,
     "report": _report,
 }

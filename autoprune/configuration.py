@@ -160,15 +160,17 @@ def save(config: Mapping[str, Any], path: Path) -> None:
         OmegaConf.save(OmegaConf.create(dict(config)), temporary)
 
 
-def config_of(folder: Path) -> dict[str, Any]:
-    """The configuration that a search left in its folder: plain values, in which `${...}` stands for nothing.
+def config_of(folder: Path, parts: Sequence[str] = ("task", "device")) -> dict[str, Any]:
+    """The configuration that a run left in its folder: plain values, in which `${...}` stands for nothing.
+
+    parts: those that must be there, each with the name of a function.
 
     The functions that its `_target_` keys name are the user's own task and device, and are called: a folder of somebody
     else is to be looked at first, as a script of theirs would be.
     """
     try:
         values: Any = untrusted.yaml_of(folder / "config.yaml", CONFIGURED)
-        _ = {**values["task"]}["_target_"], {**values["device"]}["_target_"], values["seed"]
+        _ = [{**values[part]}["_target_"] for part in parts], values["seed"]
         if type(values["seed"]) is not int:
             raise TypeError(f"seed must be a whole number, got {values['seed']!r}")
     except untrusted.DAMAGED as error:
@@ -182,7 +184,8 @@ def command_help(command: str) -> str:
     """Every key of a command with its default, and the YAMLs that it may be made of."""
     if command in FOLDER_COMMANDS:
         return f"usage: python -m autoprune {command} RUN_DIR\n\n{FOLDER_COMMANDS[command]}\n"
-    lines = [f"usage: python -m autoprune {command} [key=value ...]\n", (CONF / f"{command}.yaml").read_text()]
+    words = "RUN_DIR [key=value ...]" if command == "export" else "[key=value ...]"
+    lines = [f"usage: python -m autoprune {command} {words}\n", (CONF / f"{command}.yaml").read_text()]
     for group in GROUPS:
         if f"- {group}: " in lines[1]:
             for name in names(group):

@@ -21,6 +21,7 @@ from autoprune.regularizers import RANKED_BY
 
 if TYPE_CHECKING:
     from autoprune.diagnosis import Diagnosis
+    from autoprune.exporting import Exported
     from autoprune.final import FineTuned
     from autoprune.meters.profile import CostTable
     from autoprune.result import Result
@@ -185,6 +186,35 @@ def show_again(then: Measurement, now: Measurement, budgets: Mapping[str, Budget
         console.print(f"budget {escape(asked)}: {_verdict(verdict, now.low, budget.limit)}", highlight=False)
         met = met and bool(verdict)
     return met
+
+
+def show_exported(made: Exported, folder: Path) -> None:
+    """The last screen of an export: the file, what it takes and gives, how far it is from PyTorch, how to load it."""
+    kind = f"ONNX opset {made.opset}" if made.opset else {"torch": "torch.export"}.get(made.format, made.format)
+    takes, gives = (
+        ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in shapes.items())
+        for shapes in (made.inputs, made.outputs)
+    )
+    macs = "MACs not counted" if made.macs is None else f"{amount(made.macs)} MACs"
+    apart = ", ".join(f"{gap:.2g} at a batch of {n}" for n, gap in made.differences.items())
+    _lines(
+        Console(),
+        f"file:  {made.path}  ({made.bytes / 1e6:.3g} MB, {kind}, {made.precision}, batch {made.batch})",
+        *([f"       the batch is fixed at the example's, {made.note}"] if made.note else []),
+        f"takes: {takes}; gives {gives}; {macs}, {amount(made.params)} parameters",
+        f"runs:  in {made.runtime}, apart from PyTorch by at most {apart} "
+        f"({made.relative:.1g} of the largest value of an output)",
+        f"load:  {_loading(made, folder)}",
+    )
+
+
+def _loading(made: Exported, folder: Path) -> str:
+    """The line of Python that gives the network of a file."""
+    if made.format == "onnx":
+        return f'onnxruntime.InferenceSession("{made.path}")'
+    if made.format == "torch":
+        return f'torch.export.load("{made.path}").module()'
+    return f'autoprune.RatioTable.load("{folder}/ratios.yaml").rebuild(model, inputs, "{made.path}")'
 
 
 def _verdict(met: bool | None, low: float, limit: float) -> str:

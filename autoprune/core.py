@@ -44,6 +44,10 @@ class DeviceLostError(RuntimeError):
     what was scored is kept."""
 
 
+class MismatchError(RuntimeError):
+    """A file that computes something else than the network that was exported to it."""
+
+
 class StorageError(RuntimeError):
     """What a search must keep cannot be kept: a disk is full, or the study's database was lost. What was scored before
     is kept."""

@@ -169,6 +169,7 @@ def needs(depth): return depth
         ("finetune ratios=mine.py", "is not"),
         ("measure", "measure takes one argument"),
         ("measure nowhere", "nowhere is not the folder of a search"),
+        ("export", "export takes the folder of a finished run first"),
         ("search device=ssh", "device.host is not given: add device.host=VALUE"),
         (
             "search device=onnxruntime device.place=TPU budget=latency_50pct task._target_=tiny.make_task",

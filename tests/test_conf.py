@@ -14,6 +14,7 @@ from autoprune import components
 from autoprune.configuration import GROUPS, configured
 from autoprune.core import InputError
 from autoprune.evaluate import Scoring
+from autoprune.exporting import Plan
 from autoprune.final import FINAL
 from autoprune.measuring import device_of
 from autoprune.meters.device import Device
@@ -114,6 +115,7 @@ def test_value_types_have_the_defaults_of_their_yaml() -> None:
     assert tuple(evaluator["recovery"]) == scoring.recovery
     assert Final(**read(components.CONF / "finetune" / "default.yaml")) == FINAL
     assert FineTune(**read(components.CONF / "train.yaml")["training"]) == SPARSE
+    assert Plan(**{k: v for k, v in read(components.CONF / "export.yaml").items() if k != "output"}) == Plan()
     search, profile = (read(components.CONF / f"{name}.yaml") for name in ("search", "profile"))
     assert read(components.CONF / "space" / "channel.yaml") == {**vars(Space()), "grain": list(Space().grain)}
     assert search["profile"] == {"folder": "outputs/tables", **dataclasses.asdict(Profile())}

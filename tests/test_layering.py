@@ -36,7 +36,7 @@ LAYERS = [
     {"cache", "components", "healer", "result", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread"},
-    {"answer", "console", "report", "testing", "training"},
+    {"answer", "console", "exporting", "report", "testing", "training"},
     {"verdict"},
     {"run"},
     {"compare"},
