@@ -27,6 +27,7 @@ GROUPS = (
     "workers",
     "finetune",
 )
+OWN = ("task", "strategy", "criterion", "regularizer")  # where a function of the user's has arguments of its own
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
 CONFIGURED = 10_000  # values in a configuration, many times what there are
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
@@ -52,7 +53,7 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
 
     try:
         parser = OverridesParser.create()
-        own_task, rest = _own_task(words, parser)
+        own, rest = _own_functions(words, parser)
         own_values, rest = _own_values(command, rest, parser)
         if command == "compare":
             rest = ["++" + word if word.startswith(FREE) else word for word in rest]
@@ -60,14 +61,16 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
             config = compose(command, overrides=rest)
             plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
         config.update(own_values)
-        if own_task:
-            config.task = own_task
+        for group, arguments in own.items():
+            if group not in config:
+                raise InputError(f"{command} has no {group}: leave {group}._target_={arguments['_target_']} out")
+            config[group] = arguments
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
             raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE to the command line")
         values: Any = OmegaConf.to_container(config, resolve=True)
         defaults: Any = OmegaConf.to_container(plain)
-        free = {"budget", "task"} if own_task else {"budget"}
+        free = {"budget", *own}
         _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
     except InputError:
         raise
@@ -92,13 +95,17 @@ def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix:
             raise InputError(f"{prefix}{key} must be a number, got {given}")
 
 
-def _own_task(words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:
-    """A task function of the user's discards the default task's arguments and admits its own without a `+`."""
-    if not any(word.startswith(("task._target_=", "+task._target_=")) for word in words):
-        return {}, list(words)
-    mine = [word for word in words if word.lstrip("+").startswith("task.")]
-    parsed = [parser.parse_override(word) for word in mine]
-    return {p.key_or_group.removeprefix("task."): p.value() for p in parsed}, [w for w in words if w not in mine]
+def _own_functions(words: Sequence[str], parser: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """A function of the user's discards the arguments of what its group has by default and admits its own without a
+    `+`."""
+    found, rest = {}, list(words)
+    for group in OWN:
+        if any(word.startswith((f"{group}._target_=", f"+{group}._target_=")) for word in words):
+            mine = [word for word in words if word.lstrip("+").startswith(f"{group}.")]
+            parsed = [parser.parse_override(word) for word in mine]
+            found[group] = {p.key_or_group.removeprefix(f"{group}."): p.value() for p in parsed}
+            rest = [word for word in rest if word not in mine]
+    return found, rest
 
 
 def _own_values(command: str, words: Sequence[str], parser: Any) -> tuple[dict[str, Any], list[str]]:

@@ -140,3 +140,12 @@ def test_a_value_may_have_the_name_of_a_group(words: str) -> None:
     assert configured(command, rest)["device"] == "cuda"
     with pytest.raises(InputError, match="device must be text, got 5"):
         configured(command, [*rest, "device=5"])
+
+
+def test_a_function_of_ones_own_gets_its_own_arguments_alone() -> None:
+    words = ["strategy=random", "strategy._target_=mine.Halves", "strategy.depth=0.5", "criterion._target_=mine.ranks"]
+    values = configured("search", words)
+    assert values["strategy"] == {"_target_": "mine.Halves", "depth": 0.5}
+    assert values["criterion"] == {"_target_": "mine.ranks"}
+    with pytest.raises(InputError, match=r"compare has no strategy: leave strategy\._target_=mine\.Halves out"):
+        configured("compare", ["strategy._target_=mine.Halves"])
