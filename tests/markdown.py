@@ -89,4 +89,4 @@ def anchors(text: str) -> set[str]:
 
 def links(text: str) -> list[str]:
     """Where a page's links and pictures lead."""
-    return re.findall(r"\]\(([^)\s]+)\)", prose(text))
+    return re.findall(r"(?:\]\(|<img src=\")([^)\s\"]+)", prose(text))
