@@ -93,7 +93,7 @@ def small(name: str, words: Sequence[str]) -> list[str]:
     }
     if "task" in groups and not any(word.startswith("task.") for word in kept):
         kept.append(OWN)
-    chosen = dict(word.split("=", 1) for word in kept)
+    chosen = dict(word.split("=", 1) for word in kept if "=" in word)
     kept += SMALL.get(name, []) + STRATEGIES.get(chosen.get("strategy", ""), []) * (name == "search")
     if "device" in groups:
         kept += [f"device.{word}" for word in QUICK_DEVICE] + TABLE * (name != "profile")
