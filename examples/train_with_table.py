@@ -18,4 +18,5 @@ for images, labels in task.train:
     loss = task.loss(model(images), labels)
     loss.backward()
     optimizer.step()
+print(f"widths: { {name: m.out_channels for name, m in model.named_modules() if isinstance(m, torch.nn.Conv2d)} }")
 print(f"loss after one epoch: {loss.item():.3f}")
