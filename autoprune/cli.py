@@ -35,7 +35,7 @@ usage: python -m autoprune COMMAND [key=value ...]
   measure    measure a finished run's network again                measure outputs/.../
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
   export     the pruned network as ONNX, torch or safetensors       export outputs/.../ format=onnx
-  report     write report.html of a finished run again              report outputs/.../
+  report     write report.html again, of an unfinished run too     report outputs/.../
 
 python -m autoprune COMMAND --help shows every key with its default.
 """

@@ -228,7 +228,7 @@ def _report(words: Sequence[str]) -> int:
     from autoprune import report
 
     if len(words) != 1:
-        raise InputError("report takes one argument, the folder of a finished run: python -m autoprune report RUN_DIR")
+        raise InputError("report takes one argument, the folder of a run: python -m autoprune report RUN_DIR")
     report.rewrite(Path(words[0]))
     return MET
 

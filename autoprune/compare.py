@@ -25,10 +25,10 @@ from autoprune.borrowing import first, seeded
 from autoprune.checks import check_seed, check_settings
 from autoprune.core import DeviceLostError, InputError, Progress, PruningSpace, Silent, StorageError, Task
 from autoprune.crew import WorkersLostError
+from autoprune.drawing import BLUE, GREY, ORANGE, figure, svg
 from autoprune.evaluate import Scoring
 from autoprune.final import healed, test
 from autoprune.keywords import positional_task
-from autoprune.page import BLUE, GREY, ORANGE, figure, svg
 from autoprune.result import Result
 from autoprune.writing import append, whole
 

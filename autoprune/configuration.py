@@ -39,7 +39,7 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 }
 FOLDER_COMMANDS = {
     "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
-    "report": "Write report.html of a finished run again.",
+    "report": "Write report.html of a run again, or of one that is unfinished.",
 }
 
 

@@ -16,8 +16,9 @@ from rich.table import Column, Table
 from autoprune.components import named
 from autoprune.core import Budget, Measurement, PruningSpace, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
-from autoprune.page import SMOOTHED, amount, percent, points, warm_up_mean, with_interval
+from autoprune.page import amount, percent, points, with_interval
 from autoprune.regularizers import RANKED_BY
+from autoprune.search_figures import SMOOTHED, warm_up_mean
 
 if TYPE_CHECKING:
     from autoprune.diagnosis import Diagnosis

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import csv
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from autoprune import untrusted
-from autoprune.core import InputError, Measurement, PruningSpace, Trial
-from autoprune.page import RATIO, html
-from autoprune.writing import whole
+from autoprune import trialfile, unfinished, untrusted
+from autoprune.core import InputError
+from autoprune.page import html
+from autoprune.writing import room, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +34,7 @@ def write(result: Result, folder: Path, command: Sequence[str] = ()) -> None:
     """Write a search's files into its folder. command: the words that the search was started with."""
     result.table.save(folder / "ratios.yaml")
     _write_json(folder / "result.json", result.to_json() | {"command": list(command)})
-    _write_trials(folder / "trials.csv", result.trials, result.space)
+    trialfile.write(folder / "trials.csv", result.trials, [group.name for group in result.space.groups])
     _write_weights(result.model, folder / "pruned.safetensors")
     rewrite(folder)
 
@@ -60,17 +58,29 @@ def write_trained(trained: Trained, folder: Path) -> None:
 
 
 def rewrite(folder: Path) -> None:
-    """Write report.html from the result.json and trials.csv of a finished run.
+    """Write report.html and the figures of a run from its result.json and trials.csv. Of one that is unfinished, from
+    its outset.json and the trials in its study, which become its trials.csv.
 
     Raises:
-        InputError: the folder holds no finished run.
+        InputError: the folder holds no run, or what an unfinished one recorded is not to be had.
     """
     try:
-        page = html(untrusted.json_of(folder / "result.json"), untrusted.rows_of(folder / "trials.csv"))
+        if (folder / "outset.json").exists() and not (folder / "result.json").exists():
+            values, trials = unfinished.so_far(untrusted.json_of(folder / "outset.json"))
+            trialfile.write(folder / "trials.csv", trials, list(values["groups"]))
+        else:
+            values = untrusted.json_of(folder / "result.json")
+        text, figures = html(values, untrusted.rows_of(folder / "trials.csv"))
     except (TemplateError, *untrusted.DAMAGED) as error:
         raise InputError(f"{folder} holds no finished search: {type(error).__name__}: {error}") from error
+    with room(folder / "figures"):
+        (folder / "figures").mkdir(exist_ok=True)
+    for figure in figures:
+        for ending, content in (("svg", figure.svg), ("csv", figure.csv())):
+            with whole(folder / "figures" / f"{figure.name}.{ending}", lasting=False) as temporary:
+                temporary.write_text(content, newline="")
     with whole(folder / "report.html") as temporary:
-        temporary.write_text(page)
+        temporary.write_text(text)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -83,38 +93,3 @@ def _write_weights(model: nn.Module, path: Path) -> None:
 
     with whole(path) as temporary:
         safetensors.torch.save_model(copy.deepcopy(model).cpu(), str(temporary))
-
-
-def _write_trials(path: Path, trials: Sequence[Trial], space: PruningSpace) -> None:
-    costs = sorted({name for trial in trials for name in trial.costs})
-    predicted = sorted({name for trial in trials for name in trial.predicted})
-    with whole(path) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.writer(file)
-        head = ["number", "recovery", "parent", "about", "score", "score_low", "score_high", "loss", "loss_change"]
-        head += ["loss_change_low", "loss_change_high", *costs, *(f"predicted {c}" for c in predicted), "measured"]
-        head += ["feasible", "cached", "seconds", "error"]
-        writer.writerow([*head, *(RATIO + g.name for g in space.groups)])
-        for t in trials:
-            change = t.loss_change or Measurement.exact(math.nan, "loss", "measured")
-            row: list[object] = [
-                t.number,
-                t.candidate.recovery,
-                "" if t.candidate.parent is None else t.candidate.parent,
-                json.dumps(dict(t.candidate.about), separators=(",", ":")) if t.candidate.about else "",
-                t.score,
-                t.score_low,
-                t.score_high,
-                t.loss,
-                change.value,
-                change.low,
-            ]
-            row += [change.high, *(t.costs[c].value if c in t.costs else "" for c in costs)]
-            row += [t.predicted.get(c, "") for c in predicted]
-            row += [
-                t.candidate.measure,
-                "" if t.feasible is None else t.feasible,
-                t.cached,
-                round(t.seconds, 4),
-                t.error or "",
-            ]
-            writer.writerow([*row, *t.candidate.ratios])

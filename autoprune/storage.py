@@ -15,9 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import optuna
 import sqlalchemy
@@ -118,6 +120,19 @@ def open_storage(storage: str | None) -> optuna.storages.BaseStorage:
         sqlalchemy.event.listen(opened.engine, "connect", _write_ahead)
         opened.engine.dispose()  # connections made before the listener
     return opened
+
+
+def open_to_read(storage: str) -> optuna.storages.BaseStorage:
+    """An Optuna storage by URL of which nothing is made or changed. Raises as `usable` tells."""
+    settings: dict[str, Any] = {}
+    if storage.startswith(SQLITE):
+        path = Path(storage.removeprefix(SQLITE))
+        if not path.is_file():
+            raise InputError(f"study.storage={shown(storage)} cannot be used: there is no file {path}")
+        settings["creator"] = partial(_only_read, path)
+    elif storage.startswith("postgresql"):
+        settings["connect_args"] = LIBPQ
+    return optuna.storages.RDBStorage(storage, settings, skip_compatibility_check=True, skip_table_creation=True)
 
 
 def patiently(storage: str | None, call: Callable[[], Given], progress: Progress) -> Given:
@@ -244,6 +259,14 @@ def _made(storage: str, settings: dict[str, Any], *, told: str) -> optuna.storag
 def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")  # a trial that was recorded outlives the machine
+
+
+def _only_read(path: Path) -> sqlite3.Connection:
+    """A connection to a database that is there; one that may write removes what write-ahead mode puts beside it."""
+    place = f"file:{quote(str(path))}?mode=rw"
+    connection = sqlite3.connect(place, uri=True, timeout=LOCKED_S, check_same_thread=False)
+    connection.execute("PRAGMA query_only=ON")
+    return connection
 
 
 def _told_apart(storage: str, context: sqlalchemy.engine.ExceptionContext) -> None:

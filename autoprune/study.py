@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.core import Budget, InputError, Progress, PruningSpace, Silent, Trial
 from autoprune.lease import KEY, Lease
-from autoprune.storage import leave, open_storage, patiently, shown, unbroken, usable, waiting
+from autoprune.storage import leave, open_storage, open_to_read, patiently, shown, unbroken, usable, waiting
 from autoprune.untrusted import DAMAGED
 
 SCHEMA = 1
@@ -126,30 +126,7 @@ class Study:
         Raises:
             InputError: the storage or a trial in it is damaged.
         """
-        found: dict[int, tuple[str, Trial]] = {}
-        for frozen in self._at_first(self._recorded):
-            if text := frozen.user_attrs.get("trial"):
-                trial = self._read(frozen)
-                number = trial.number
-                if number in found and found[number][0] == text:
-                    continue  # written twice, the answer to the first having been lost
-                if number in found:  # recorded anew from here on, see answer.settled
-                    found = {earlier: known for earlier, known in found.items() if earlier < number}
-                found[number] = text, trial
-        numbers = itertools.takewhile(found.__contains__, itertools.count())
-        return tuple(found[number][1] for number in numbers)
-
-    def _read(self, frozen: FrozenTrial) -> Trial:
-        try:
-            trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
-            if unpriced := [cost for cost in self._costs if trial.error is None and cost not in trial.costs]:
-                raise ValueError(f"it has no {unpriced[0]}")
-        except DAMAGED as error:
-            raise InputError(
-                f"trial {frozen.number} of study '{self.name}' in {shown(self.storage)} is damaged "
-                f"({type(error).__name__}: {error}): choose another study.name"
-            ) from error
-        return trial
+        return _in_order(self._at_first(self._recorded), self._costs, f"study '{self.name}' in {shown(self.storage)}")
 
     def record(self, trial: Trial) -> None:
         """Write a finished trial, whole or not at all, and once."""
@@ -188,6 +165,55 @@ class Study:
             self._opened.create_new_trial(self._id, template_trial=frozen)
 
         patiently(self.storage, write, self._progress)
+
+
+def recorded(storage: str | None, name: str, costs: Sequence[str]) -> tuple[Trial, ...]:
+    """What a study has recorded, read alone: nothing is made or changed, and a search may go on meanwhile. costs: those
+    that its budgets are on.
+
+    Raises:
+        InputError: there is no such storage or no such study, or it is damaged.
+    """
+    if storage is None:
+        raise InputError("its study was kept in memory (study.storage=null) and is gone: nothing is left to report")
+    place = f"study '{name}' in {shown(storage)}"
+    with usable(storage):
+        opened = open_to_read(storage)
+        try:
+            number = next((s._study_id for s in opened.get_all_studies() if s.study_name == name), None)
+            if number is None:
+                raise InputError(f"there is no {place}: it was deleted, or the storage is another one now")
+            return _in_order(opened.get_all_trials(number, deepcopy=False), costs, place)
+        finally:
+            leave(opened)
+
+
+def _in_order(given: Sequence[FrozenTrial], costs: Sequence[str], place: str) -> tuple[Trial, ...]:
+    """The trials, in order, up to the first gap."""
+    found: dict[int, tuple[str, Trial]] = {}
+    for frozen in given:
+        if text := frozen.user_attrs.get("trial"):
+            trial = _read(frozen, costs, place)
+            number = trial.number
+            if number in found and found[number][0] == text:
+                continue  # written twice, the answer to the first having been lost
+            if number in found:  # recorded anew from here on, see answer.settled
+                found = {earlier: known for earlier, known in found.items() if earlier < number}
+            found[number] = text, trial
+    numbers = itertools.takewhile(found.__contains__, itertools.count())
+    return tuple(found[number][1] for number in numbers)
+
+
+def _read(frozen: FrozenTrial, costs: Sequence[str], place: str) -> Trial:
+    try:
+        trial = Trial.from_json(json.loads(frozen.user_attrs["trial"]))
+        if unpriced := [cost for cost in costs if trial.error is None and cost not in trial.costs]:
+            raise ValueError(f"it has no {unpriced[0]}")
+    except DAMAGED as error:
+        raise InputError(
+            f"trial {frozen.number} of {place} is damaged ({type(error).__name__}: {error}): choose another study.name"
+        ) from error
+    return trial
 
 
 def _short(value: Any) -> str:

@@ -153,11 +153,15 @@ def result() -> Result:
     return searched(strategy="uniform")
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_the_files_of_a_run_are_whole_or_not_there(disk: Disk, result: Result, tmp_path: Path) -> None:
     reference = tmp_path / "whole"
     reference.mkdir()
     report.write(result, reference)
-    needed = {p.name: p.read_bytes() for p in reference.iterdir()}
+    needed = files_in(reference)
     stopped_at = set()
     for kib in range(4, 2000, 4):
         folder = disk.of(kib)
@@ -169,7 +173,7 @@ def test_the_files_of_a_run_are_whole_or_not_there(disk: Disk, result: Result, t
             stopped_at |= set(named)
             assert len(named) == 1
         (folder / "filler").unlink()
-        written = {p.name: p.read_bytes() for p in folder.iterdir()}
+        written = files_in(folder)
         assert written.items() <= needed.items(), kib
         if written == needed:
             break

@@ -10,7 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"writing", "dispatch", "screen"},
+    {"writing", "dispatch", "drawing", "screen"},
     {"units", "borrowing", "keywords", "handing", "rows", "untrusted", "crew"},
     {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep", "weights"},
     {
@@ -28,14 +28,15 @@ LAYERS = [
         "recipe",
         "regularizers",
         "reuse",
+        "trialfile",
     },
     {"tracing", "blocks", "probe", "proof", "agent", "activations"},
     {"masks"},
     {"space"},
     {"lease", "lineage", "outset", "prune", "rounds", "scores", "storage", "strategies", "tasks"},
-    {"cache", "components", "healer", "result", "shared_prefix", "workers"},
+    {"cache", "components", "figures", "healer", "result", "search_figures", "shared_prefix", "workers"},
     {"checks", "costs", "evaluate", "study"},
-    {"diagnosis", "final", "loop", "measuring", "page", "spread"},
+    {"diagnosis", "final", "loop", "measuring", "page", "spread", "unfinished"},
     {"answer", "console", "exporting", "report", "testing", "training"},
     {"verdict"},
     {"run"},

@@ -81,7 +81,7 @@ def test_a_measured_budget_from_profile_to_verdict(whole: Result, folder: Path, 
 
     report.write(result, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 6  # ratios, trade-off, progress, sensitivity, prediction, layers
     assert "Predicted and measured" in page
     assert "What each layer takes" in page
 

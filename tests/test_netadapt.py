@@ -517,6 +517,6 @@ def test_the_trace_is_in_the_files_and_in_the_study(whole: Result, tmp_path: Pat
     assert json.loads(row["about"]).items() <= attributes["about"].items()
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Rounds</h2>" in page
-    assert page.count("<svg") == 2  # ratios, rounds
+    assert page.count("<svg") == 4  # ratios, trade-off, progress, rounds
     for made in values["rounds"]:
         assert f"<td>{made['number']}</td>" in page

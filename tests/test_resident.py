@@ -14,12 +14,12 @@ from tiny import make_task
 from torch import nn
 
 from autoprune.core import Candidate, InputError, Measurement, Silent, Trial
+from autoprune.figures import prediction
 from autoprune.measuring import device_of
 from autoprune.meters import kept
 from autoprune.meters.device import Device
 from autoprune.meters.resident import Resident
 from autoprune.meters.table import AddedCost
-from autoprune.page import _prediction_svg
 from autoprune.space import trace
 
 INPUT = (torch.zeros(1, 3, 256, 256),)
@@ -78,7 +78,7 @@ def test_megabytes_are_not_drawn_among_milliseconds() -> None:
     answer = {"trial": 1, "cost": "latency_ms", "predicted": 4.0, "measured": 5.0}
     alone = {"held_out": [[3.0, 3.1]], "answers": [answer]}
     with_memory = {**alone, "answers": [answer, {**answer, "cost": "rss_mb", "measured": 300.0}]}
-    assert _prediction_svg(with_memory) == _prediction_svg(alone)
+    assert prediction(with_memory) == prediction(alone)
 
 
 @pytest.mark.slow

@@ -290,7 +290,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "src=" not in page
     assert 'href="http' not in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # ratios, trade-off, progress, sensitivity
     rebuilt = autoprune.RatioTable.load(tmp_path / "ratios.yaml").rebuild(
         make_task(seed=1).model, make_task().inputs, tmp_path / "pruned.safetensors"
     )
