@@ -29,7 +29,8 @@ class Outset:
     """What a search begins with.
 
     device: what costs are measured on, or, where all are counted, what candidates are scored on. dense: every cost of
-    the dense network; dense_score: its score on the search split, in the metric's own sign. asked: the budgets as they
+    the dense network; dense_score: its score on the search split, in the metric's own sign. sign: 1, or -1 where
+    the metric is better the lower: a trial's score times this is in the metric's own. asked: the budgets as they
     were given. parts: of every group, by its name. study: "" where the dense network keeps every budget and nothing
     was searched.
     """
@@ -40,6 +41,7 @@ class Outset:
     device: str
     metric: str
     dense_score: float
+    sign: float
     dense: Mapping[str, Measurement]
     budgets: tuple[Budget, ...]
     asked: tuple[str, ...]

@@ -115,3 +115,13 @@ def percent(value: float) -> str:
 def points(value: float) -> str:
     """A difference of fractions in percentage points."""
     return f"{100 * value:+.2f} points"
+
+
+def score(value: float, dense: float, sign: float) -> str:
+    """A metric's value: in percent where that of the dense network says that it is a fraction which is to be high."""
+    return percent(value) if sign > 0 and 0 <= dense <= 1 else amount(value)
+
+
+def score_change(value: float, dense: float, sign: float) -> str:
+    """How far a metric's value is from that of the dense network."""
+    return points(value - dense) if sign > 0 and 0 <= dense <= 1 else f"{value - dense:+.4g}"

@@ -91,6 +91,7 @@ def begun(
         device=prices.device or _place(evaluator.scoring),
         metric=type(task.metric).__name__,
         dense_score=_sign(task) * evaluator.dense().score,
+        sign=_sign(task),
         dense=prices.dense,
         budgets=prices.limits,
         asked=tuple(asked),
