@@ -18,6 +18,7 @@ from autoprune.commands import COMMANDS
 from autoprune.configuration import command_help
 from autoprune.core import DeviceLostError, InputError, MismatchError, StorageError
 from autoprune.crew import WorkersLostError
+from autoprune.telling import Telling, of_line, told, write_json
 from autoprune.writing import is_full
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
@@ -37,7 +38,12 @@ usage: python -m autoprune COMMAND [key=value ...]
   export     the pruned network as ONNX, torch or safetensors       export outputs/.../ format=onnx
   report     write report.html again, of an unfinished run too     report outputs/.../
 
+-q (--quiet) shows errors, warnings and the verdict alone; --json shows the last screen as one JSON object.
 python -m autoprune COMMAND --help shows every key with its default.
+"""
+
+FLAGS = """# -q, --quiet   on the screen: errors, warnings and the verdict alone
+# --json        the last screen as one JSON object on the standard output; an error as {"error": ...}
 """
 
 
@@ -47,43 +53,51 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(HELP)
         return 0
-    command, *rest = arguments
+    command, *words = arguments
+    asked, rest = of_line(words)
     try:
-        if command not in COMMANDS:
-            near = difflib.get_close_matches(command, COMMANDS, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"unknown command '{command}': it must be one of {', '.join(COMMANDS)}{hint}")
-        if any(word in ("-h", "--help") for word in rest):
-            sys.stdout.write(command_help(command))
-            return 0
-        return COMMANDS[command](rest)
+        with told(asked):
+            return _run(command, rest)
     except InputError as error:
-        sys.stderr.write(f"autoprune: {_one_line(error)}\n")
-        return WRONG_INPUT
+        return _ended(asked, WRONG_INPUT, _one_line(error))
     except MismatchError as error:
-        sys.stderr.write(f"autoprune: {_one_line(error)}\n")
-        return FAILED
+        return _ended(asked, FAILED, _one_line(error))
     except (DeviceLostError, StorageError, WorkersLostError) as error:
-        return _cut_short(error, arguments)
+        return _cut_short(asked, error, arguments)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\nautoprune: interrupted; {_kept(command)}:\n  {_same_line(arguments)}\n")
-        return INTERRUPTED
+        sys.stderr.write("\n")
+        return _ended(asked, INTERRUPTED, f"interrupted; {_kept(command)}", _same_line(arguments))
     except Exception as error:  # noqa: BLE001, the last door
         if is_full(error):
-            return _cut_short(f"the disk is full: {error}", arguments)
+            return _cut_short(asked, f"the disk is full: {error}", arguments)
         logging.getLogger("autoprune").error("%s", traceback.format_exc())
         if os.environ.get("AUTOPRUNE_DEBUG"):
             traceback.print_exc()
-        sys.stderr.write(
-            f"autoprune: failed, {type(error).__name__}: {_one_line(error) or 'no message'} "
-            "(the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)\n"
-        )
-        return FAILED
+        what = f"failed, {type(error).__name__}: {_one_line(error) or 'no message'}"
+        return _ended(asked, FAILED, f"{what} (the traceback is in the run's log; AUTOPRUNE_DEBUG=1 shows it here)")
 
 
-def _cut_short(why: Exception | str, arguments: Sequence[str]) -> int:
-    sys.stderr.write(f"autoprune: {_one_line(why)}; {_kept(arguments[0])}:\n  {_same_line(arguments)}\n")
-    return FAILED
+def _run(command: str, words: Sequence[str]) -> int:
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"unknown command '{command}': it must be one of {', '.join(COMMANDS)}{hint}")
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(f"{command_help(command)}\n{FLAGS}")
+        return 0
+    return COMMANDS[command](words)
+
+
+def _ended(asked: Telling, status: int, why: str, again: str = "") -> int:
+    """Say in one line why a command ended early, and the line to go on with, if there is one."""
+    sys.stderr.write(f"autoprune: {why}:\n  {again}\n" if again else f"autoprune: {why}\n")
+    if asked.json:
+        write_json({"error": why} | ({"again": again} if again else {}))
+    return status
+
+
+def _cut_short(asked: Telling, why: Exception | str, arguments: Sequence[str]) -> int:
+    return _ended(asked, FAILED, f"{_one_line(why)}; {_kept(arguments[0])}", _same_line(arguments))
 
 
 def _one_line(error: Exception | str) -> str:

@@ -12,6 +12,7 @@ from autoprune.components import make_task
 from autoprune.configuration import config_of, configured, made
 from autoprune.core import Budget, InputError, Task
 from autoprune.runfolder import run_folder
+from autoprune.telling import telling
 
 if TYPE_CHECKING:
     from autoprune.outset import Outset
@@ -42,7 +43,7 @@ def _search(words: Sequence[str]) -> int:
             **settings,
         )
     report.write(result, folder, command)
-    console.show(result, folder, task_words=_of(words, "task", "weights="))
+    console.show(result, folder, command=command, task_words=_of(words, "task", "weights="))
     return MET if result.met else NOT_MET
 
 
@@ -97,7 +98,7 @@ def _compare(words: Sequence[str]) -> int:
             progress=screen,
             **settings,
         )
-    console.show_comparison(compare.told(rows), [folder / name for name in compare.FILES])
+    console.show_comparison(compare.told(rows), [folder / name for name in compare.FILES], rows)
     wanted = len(budgets) * len(strategies) * len(config["seeds"])
     return MET if len(rows) == wanted and all(row.met for row in rows) else NOT_MET
 
@@ -276,7 +277,7 @@ def _short_name(values: Mapping[str, Any]) -> str:
 def _watched(begun: Callable[[Outset], None] = lambda outset: None) -> Screen:
     from autoprune.screen import Screen
 
-    return Screen(logging.getLogger("autoprune"), begun=begun)
+    return Screen(logging.getLogger("autoprune"), begun=begun, quiet=telling().quiet)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

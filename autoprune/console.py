@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -9,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from autoprune.components import named
 from autoprune.core import Budget, Measurement, PruningSpace, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
-from autoprune.page import amount, percent, points, with_interval
+from autoprune.page import amount, percent, points, score, score_change, with_interval
 from autoprune.regularizers import RANKED_BY
 from autoprune.search_figures import SMOOTHED, warm_up_mean
+from autoprune.telling import telling, write_json
 
 if TYPE_CHECKING:
     from autoprune.diagnosis import Diagnosis
@@ -36,157 +39,180 @@ UNDECIDED = "[bold yellow]undecided[/]: the measurement was disturbed, run it ag
 MODELLED = " [yellow](modelled, not measured)[/]"
 
 
-def show(result: Result, folder: Path, *, task_words: Sequence[str] = ()) -> None:
-    """The last screen of a search: what was asked, what was reached, what it cost, where it is, what to do next."""
-    console = Console()
+def show(result: Result, folder: Path, *, command: Sequence[str] = (), task_words: Sequence[str] = ()) -> None:
+    """The last screen of a search: what was asked, what was reached, what it cost, where it is, what to do next.
+
+    command: the words that it was started with. task_words: those of them that say which task it was.
+    """
     values = result.to_json()
-    console.print(_groups_table(values))
-    console.print(_costs_table(values))
-    score = values["score"]
-    console.print(
-        f"{score['metric']}: test {percent(score['test_dense'])} dense, "
-        f"{percent(score['test_recovered'])} pruned and fine-tuned "
-        f"({points(score['test_recovered'] - score['test_dense'])}); "
-        f"search split {percent(score['dense'])} dense, {percent(score['recovered'])} pruned",
-        highlight=False,
+    scores, search = values["score"], values["search"]
+
+    def told(name: str) -> str:
+        return score(scores[name], result.dense_score, result.sign)
+
+    gained = score_change(scores["test_recovered"], scores["test_dense"], result.sign)
+    reached = Text(
+        f"{scores['metric']}: test {told('test_dense')} dense, {told('test_recovered')} pruned and fine-tuned "
+        f"({gained}); search split {told('dense')} dense, {told('recovered')} pruned"
     )
-    search = values["search"]
-    console.print(
+    taken = Text(
         f"{search['trials']} trials ({search['evaluations']} evaluated, {search['cache_hits']} from the cache, "
         f"{search['failed']} failed; {search['shared']:.0%} of their forward passes ran once for many) "
-        f"in {search['seconds']:.0f} s",
-        highlight=False,
+        f"in {search['seconds']:.0f} s"
     )
-    if episodes := values["episodes"]:
-        last = [walked["reward"] for walked in episodes[-SMOOTHED:]]
-        console.print(
-            f"reward: {warm_up_mean(episodes):.4g} in the warm-up (mean), {sum(last) / len(last):.4g} over the last "
-            f"{len(last)} of {len(episodes)} episodes",
-            highlight=False,
-        )
-    for budget in values["budgets"]:
-        verdict = _verdict(budget["met"], budget["low"], budget["limit"])
-        verdict += "; this is the closest found" * (budget["met"] is False) + MODELLED * (budget["kind"] == "modelled")
-        console.print(
-            f"budget {budget['asked']}: {with_interval(budget)} of at most {amount(budget['limit'])} "
-            f"{budget['unit']}, {verdict}",
-            highlight=False,
-        )
-    _lines(
-        console,
-        f"files: {folder}/  (ratios.yaml, result.json, trials.csv, pruned.safetensors, report.html)",
-        f"reuse: python -m autoprune finetune ratios={folder}/ratios.yaml {shlex.join(task_words)}".rstrip(),
-        *([f"look:  optuna-dashboard {result.storage}"] if result.storage and result.study else []),
+    asked = f"asked: {result.task}, {', '.join(result.asked)}, strategy {result.strategy}, seed {result.seed}"
+    _tell(
+        values | {"command": list(command), "folder": str(folder)},
+        before=(_groups_table(values), _costs_table(values), asked, reached, taken, *_reward(values["episodes"])),
+        verdict=[_budget_line(budget) for budget in values["budgets"]],
+        after=(
+            f"files: {folder}/  (ratios.yaml, result.json, trials.csv, pruned.safetensors, report.html)",
+            *_next(result, folder, command, task_words),
+        ),
     )
+
+
+def _reward(episodes: Sequence[Mapping[str, Any]]) -> list[Text]:
+    if not episodes:
+        return []
+    last = [walked["reward"] for walked in episodes[-SMOOTHED:]]
+    mean = sum(last) / len(last)
+    told = f"{warm_up_mean(episodes):.4g} in the warm-up (mean), {mean:.4g} over the last {len(last)}"
+    return [Text(f"reward: {told} of {len(episodes)} episodes")]
+
+
+def _budget_line(budget: Mapping[str, Any]) -> Text:
+    verdict = _verdict(budget["met"], budget["low"], budget["limit"])
+    verdict += "; this is the closest found" * (budget["met"] is False) + MODELLED * (budget["kind"] == "modelled")
+    limit = f"{amount(budget['limit'])} {budget['unit']}"
+    return Text.from_markup(
+        escape(f"budget {budget['asked']}: {with_interval(budget)} of at most {limit}, ") + verdict, emoji=False
+    )
+
+
+def _next(result: Result, folder: Path, command: Sequence[str], task_words: Sequence[str]) -> list[str]:
+    """The next three commands, each a line to be pasted."""
+    reuse = ["finetune", f"ratios={folder}/ratios.yaml", *task_words]
+    export = ["export", str(folder), "format=onnx"]
+    look = ["report", str(folder)]
+    if result.storage and result.study:
+        look = ["dashboard", *(word for word in command if word.startswith(("study.storage=", "output=")))]
+    return [f"{name:7} {_line(words)}" for name, words in (("reuse:", reuse), ("export:", export), ("look:", look))]
 
 
 def show_finetuned(tuned: FineTuned, folder: Path) -> None:
     """The last screen of a fine-tune."""
-    console = Console()
     costs = ", ".join(
         f"{name} {amount(tuned.dense[name].value)} -> {amount(m.value)} {m.unit}" for name, m in tuned.measured.items()
     )
-    _lines(
-        console,
+    verdict = (
         costs,
         f"{tuned.metric}: test {percent(tuned.test_dense)} dense, {percent(tuned.test_recovered)} pruned and "
         f"fine-tuned ({points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
-        f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)",
     )
+    files = f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)"
+    _tell(_result_of(folder), verdict=verdict, after=(files,))
 
 
 def show_trained(trained: Trained, folder: Path, *, words: Sequence[str] = ()) -> None:
     """The last screen of a training before a search. words: of the command, those that the search needs too."""
-    console, groups = Console(), trained.groups
+    groups = trained.groups
     table = Table("group", "units", "before", "after", title="units near zero", title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, group in groups.items():
         table.add_row(name, str(group.units), str(group.before), str(group.after))
-    console.print(table)
     name = named("regularizer", trained.regularizer)
     criterion = [f"criterion={RANKED_BY[name]}"] if name in RANKED_BY else []
     line = ["search", f"weights={folder}/trained.safetensors", *criterion, *words]
-    _lines(
-        console,
+    verdict = (
         f"{trained.metric}: test {percent(trained.test_before)} before, {percent(trained.test_after)} trained with "
         f"{name} ({points(trained.test_after - trained.test_before)}) in {trained.seconds:.0f} s",
         f"units near zero: {percent(trained.share('before'))} before, {percent(trained.share('after'))} after",
-        f"files: {folder}/  (trained.safetensors, result.json)",
-        f"next:  python -m autoprune {shlex.join(line)}",
     )
+    files = f"files: {folder}/  (trained.safetensors, result.json)"
+    _tell(_result_of(folder), before=(table,), verdict=verdict, after=(files, f"next:  {_line(line)}"))
 
 
-def show_comparison(lines: Sequence[str], files: Sequence[Path]) -> None:
-    """The last screen of a comparison: its tables, and where they are kept."""
-    _lines(Console(), *lines, f"files: {', '.join(map(str, files))}")
+def show_comparison(lines: Sequence[str], files: Sequence[Path], rows: Sequence[Any] = ()) -> None:
+    """The last screen of a comparison: its tables, and where they are kept. rows: compare.Row of every search."""
+    where = f"files: {', '.join(map(str, files))}"
+    values = {"rows": [asdict(row) for row in rows], "files": [str(file) for file in files]}
+    _tell(values, before=lines, verdict=[where])
 
 
 def show_diagnosis(found: Diagnosis) -> None:
     """The screen of a doctor: every group, every layer that is left whole with the reason, and the shares."""
-    console, space, macs = Console(), found.traced.space, found.traced.macs
+    space, macs = found.traced.space, found.traced.macs
     title = "groups, each proven" if found.traced.narrows else "layers that can be masked"
-    shown = Table("group", "units", "layers", "of MACs", title=title, title_justify="left")
+    table = Table("group", "units", "layers", "of MACs", title=title, title_justify="left")
     whole = [g.size for g in space.groups]
+    groups = {}
     for i, group in enumerate(space.groups):
         touched = [term for term in macs if i in term.left[1] or i in term.right[1] or i == term.gate]
         more = f" and {len(group.members) - 1} more" if len(group.members) > 1 else ""
-        share = percent(amount_of(touched, whole) / max(amount_of(macs, whole), 1.0))
-        shown.add_row(group.name, str(group.size), f"{group.members[0]}{more}", share)
-    console.print(shown)
+        share = amount_of(touched, whole) / max(amount_of(macs, whole), 1.0)
+        table.add_row(group.name, str(group.size), f"{group.members[0]}{more}", percent(share))
+        groups[group.name] = {"size": group.size, "members": group.members, "macs": share}
     left = Table("layer", "reason", title="left whole", title_justify="left")
     for refusal in space.refused:
         left.add_row(refusal.name, refusal.reason)
-    if space.refused:
-        console.print(left)
-    units = sum(whole)
-    _lines(
-        console,
-        f"{found.task}: {len(space.groups)} groups of {units} units, traced and proven in {found.seconds:.1f} s",
+    verdict = (
+        f"{found.task}: {len(space.groups)} groups of {sum(whole)} units, traced and proven in {found.seconds:.1f} s",
         f"in layers that some group cuts: {percent(found.prunable_macs)} of MACs, "
         f"{percent(found.prunable_params)} of parameters",
         f"left at the deepest levels: {percent(found.least_macs)} of MACs, {percent(found.least_params)} of parameters",
     )
+    values = {k: v for k, v in vars(found).items() if k != "traced"}
+    values |= {"groups": groups, "refused": {r.name: r.reason for r in space.refused}}
+    _tell(values, before=(table, *([left] if space.refused else [])), verdict=verdict)
 
 
 def show_profile(table: CostTable, space: PruningSpace) -> None:
     """The last screen of a profile: the dense network's latency, the table's error, and each group's steps."""
-    console = Console()
     cost = table.cost(space)
     steps = stair_levels(cost, space, 16)
     widest = Column("widths worth keeping", min_width=20)
-    shown = Table("group", "units", "ms", "ms at half", "step", widest, title="steps", title_justify="left")
+    drawn = Table("group", "units", "ms", "ms at half", "step", widest, title="steps", title_justify="left")
     sizes = [g.size for g in space.groups]
+    groups = {}
     for i, group in enumerate(space.groups):
         half = cost.at_widths([*sizes[:i], group.size // 2, *sizes[i + 1 :]])
         widths = [group.kept(level) for level in steps.get(group.name, group.levels)]
         row = [str(group.size), f"{table.dense.value:.2f}", f"{half:.2f}", str(step_of(widths))]
-        shown.add_row(group.name, *row, ", ".join(map(str, widths)))
-    console.print(shown)
+        drawn.add_row(group.name, *row, ", ".join(map(str, widths)))
+        groups[group.name] = {"size": group.size, "ms_at_half": half, "step": step_of(widths), "widths": widths}
     errors, pairs = table.errors(space), table.held_out_pairs(space)
     measured = [m for _, m in pairs]
-    _lines(
-        console,
+    quantiles = [float(np.median(errors)), float(np.quantile(errors, 0.9)), float(errors.max())]
+    verdict = (
         f"dense: {table.dense.value:.4g} [{table.dense.low:.4g}, {table.dense.high:.4g}] ms on {table.dense.device}",
         f"       {'; '.join(table.dense.notes)}",
         f"error on {len(errors)} networks of {min(measured):.3g} to {max(measured):.3g} ms that were not fitted: "
-        f"median {percent(float(np.median(errors)))}, 90th percentile {percent(float(np.quantile(errors, 0.9)))}, "
-        f"largest {percent(float(errors.max()))}",
+        f"median {percent(quantiles[0])}, 90th percentile {percent(quantiles[1])}, largest {percent(quantiles[2])}",
     )
+    values = {"dense": asdict(table.dense), "held_out": pairs, "groups": groups}
+    values["error"] = dict(zip(("median", "p90", "largest"), quantiles, strict=True))
+    _tell(values, before=(drawn,), verdict=verdict)
 
 
 def show_again(then: Measurement, now: Measurement, budgets: Mapping[str, Budget]) -> bool:
     """A run's latency beside a second measurement; whether every latency budget of the run is met by that one."""
-    console = Console()
-    for when, m in (("then", then), ("now", now)):
-        console.print(f"{when}: {with_interval(asdict(m))} ms ({escape('; '.join(m.notes[:1]))})", highlight=False)
-    console.print(f"apart: {100 * (now.value / then.value - 1):+.1f} %", highlight=False)
-    met = True
-    for asked, budget in budgets.items():
-        verdict = budget.met(now)
-        console.print(f"budget {escape(asked)}: {_verdict(verdict, now.low, budget.limit)}", highlight=False)
-        met = met and bool(verdict)
-    return met
+    apart = now.value / then.value - 1
+    lines = [f"{when}: {with_interval(asdict(m))} ms ({'; '.join(m.notes[:1])})" for when, m in _both(then, now)]
+    verdicts = {asked: budget.met(now) for asked, budget in budgets.items()}
+    told = [
+        Text.from_markup(escape(f"budget {asked}: ") + _verdict(verdicts[asked], now.low, budget.limit), emoji=False)
+        for asked, budget in budgets.items()
+    ]
+    values: dict[str, Any] = {when: asdict(m) for when, m in _both(then, now)}
+    values |= {"apart": apart, "budgets": [{"asked": asked, "met": met} for asked, met in verdicts.items()]}
+    _tell(values, before=lines, verdict=(f"apart: {100 * apart:+.1f} %", *told))
+    return all(verdicts.values())
+
+
+def _both(then: Measurement, now: Measurement) -> tuple[tuple[str, Measurement], tuple[str, Measurement]]:
+    return ("then", then), ("now", now)
 
 
 def show_exported(made: Exported, folder: Path) -> None:
@@ -198,15 +224,17 @@ def show_exported(made: Exported, folder: Path) -> None:
     )
     macs = "MACs not counted" if made.macs is None else f"{amount(made.macs)} MACs"
     apart = ", ".join(f"{gap:.2g} at a batch of {n}" for n, gap in made.differences.items())
-    _lines(
-        Console(),
+    before = [
         f"file:  {made.path}  ({made.bytes / 1e6:.3g} MB, {kind}, {made.precision}, batch {made.batch})",
         *([f"       the batch is fixed at the example's, {made.note}"] if made.note else []),
         f"takes: {takes}; gives {gives}; {macs}, {amount(made.params)} parameters",
+    ]
+    verdict = (
         f"runs:  in {made.runtime}, apart from PyTorch by at most {apart} "
-        f"({made.relative:.1g} of the largest value of an output)",
-        f"load:  {_loading(made, folder)}",
+        f"({made.relative:.1g} of the largest value of an output)"
     )
+    values = asdict(made) | {"path": str(made.path)}
+    _tell(values, before=before, verdict=[verdict], after=[f"load:  {_loading(made, folder)}"])
 
 
 def _loading(made: Exported, folder: Path) -> str:
@@ -225,9 +253,32 @@ def _verdict(met: bool | None, low: float, limit: float) -> str:
     return MET if met else NOT_SHOWN if low <= limit else NOT_MET
 
 
-def _lines(console: Console, *lines: str) -> None:
-    for line in lines:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+def _tell(
+    values: Mapping[str, Any],
+    *,
+    before: Sequence[RenderableType] = (),
+    verdict: Sequence[str | Text],
+    after: Sequence[str] = (),
+) -> None:
+    """Show a last screen as the command was asked to: its values as JSON, its verdict, or all of it."""
+    if telling().json:
+        write_json(values)
+        return
+    console = Console()
+    for part in verdict if telling().quiet else (*before, *verdict, *after):
+        if isinstance(part, str):  # a line may be long, to be pasted
+            console.print(part, highlight=False, soft_wrap=True, markup=False)
+        else:
+            console.print(part, highlight=False)
+
+
+def _line(words: Sequence[str]) -> str:
+    return f"python -m autoprune {shlex.join(words)}"
+
+
+def _result_of(folder: Path) -> dict[str, Any]:
+    """What was just written, as a program may read it again."""
+    return json.loads((folder / "result.json").read_text()) | {"folder": str(folder)}  # type: ignore[no-any-return]
 
 
 def _groups_table(values: Mapping[str, Any]) -> Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ import safetensors.torch
 import tiny
 import torch
 
-from autoprune import RatioTable, cli, commands
+from autoprune import RatioTable, cli, commands, telling
 from autoprune.configuration import config_of
 from autoprune.core import DeviceLostError
 from autoprune.prune import weights_hash
@@ -229,6 +230,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
     assert f"python -m autoprune {command}" in out
+    assert "--json" in out
     shown = {
         "search": "epochs: 3",
         "profile": "held_out: 30",
@@ -249,6 +251,11 @@ def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.Captur
     assert status == 0, err
     assert "met" in out
     (folder,) = Path("outputs/tiny/sensitivity").iterdir()
+    assert re.findall(r"^\w+: +python -m autoprune (.*)", out, re.M) == [
+        f"finetune ratios={folder}/ratios.yaml task._target_=tiny.make_task",
+        f"export {folder} format=onnx",
+        "dashboard",
+    ]
     assert json.loads((folder / "result.json").read_text())["budgets"][0]["met"] is True
     assert (folder / "config.yaml").exists()
     assert "groups of" in (folder / "log.txt").read_text()
@@ -294,7 +301,7 @@ def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture
     assert all(torch.equal(tensors[name], tensor) for name, tensor in again.state_dict().items())
     assert weights_hash(again) == table.weights != weights_hash(tiny.make_task().model)
 
-    (line,) = re.findall(r"reuse: python -m autoprune (.*)", out)
+    (line,) = re.findall(r"reuse: +python -m autoprune (.*)", out)
     status, _, err = run(capsys, *shlex.split(line), "finetune.epochs=0.1")
     assert status == 0, err
     (tuned,) = Path("outputs/sparse/finetune").iterdir()
@@ -356,10 +363,34 @@ def test_a_lost_device_is_exit_1_and_says_how_to_go_on(
 
 
 def test_a_named_study_of_another_search_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "search", *UNIFORM, "study.name=mine")[0] == 0
-    status, _, err = run(capsys, "search", *UNIFORM, "study.name=mine", "budget=flops_70pct")
+    status, out, err = run(capsys, "search", "-q", *UNIFORM, "study.name=mine", "--json")
+    assert (status, err) == (0, "")
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    assert json.loads(out) == json.loads((folder / "result.json").read_text()) | {"folder": str(folder)}
+    status, out, err = run(capsys, "search", "--json", *UNIFORM, "study.name=mine", "budget=flops_70pct")
     assert status == 2
     assert 'budgets was ["flops_50pct"], is ["flops_70pct"]' in err
+    assert err.splitlines()[-1] == "autoprune: " + json.loads(out)["error"]
+
+
+def test_a_lost_search_is_told_to_a_program_with_the_line_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(words: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(commands.COMMANDS, "search", pressed)
+    status, out, err = run(capsys, "search", "--json", "seed=1")
+    assert status == 130
+    told = json.loads(out)
+    assert told["error"] == "interrupted; what was scored is kept. To go on"
+    assert told["again"].endswith("-m autoprune search --json seed=1")
+    assert err.splitlines() == ["", f"autoprune: {told['error']}:", f"  {told['again']}"]
+
+
+def test_what_is_not_a_number_is_null_to_a_program(capsys: pytest.CaptureFixture[str]) -> None:
+    telling.write_json({"a": math.nan, "b": [1.5, -math.inf], "c": (None, {"d": 2})})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": [None, {"d": 2}]}
 
 
 def test_our_own_failure_is_exit_1_in_one_line(
@@ -440,6 +471,14 @@ def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: p
     assert "it is the model's output" in out
     assert re.search(r"\d+ groups of \d+ units, traced and proven in", out)
     assert re.search(r"in layers that some group cuts: [\d.]+ % of MACs, [\d.]+ % of parameters", out)
+    status, verdict, err = run(capsys, "doctor", "--quiet", "task._target_=tiny.make_task")
+    assert (status, err) == (0, "")
+    assert 0 < len(verdict.splitlines()) < 5
+    assert set(re.sub(r"in [\d.]+ s", "", verdict).splitlines()) <= set(re.sub(r"in [\d.]+ s", "", out).splitlines())
+    status, told, _ = run(capsys, "doctor", "task._target_=tiny.make_task", "--json")
+    assert status == 0
+    groups = json.loads(told)["groups"]
+    assert f"{len(groups)} groups of {sum(group['size'] for group in groups.values())} units" in out
     status, _, err = run(capsys, "doctor", "space.levels=1")
     assert status == 2
     assert "autoprune: space: levels >= 2 must hold" in err

@@ -10,7 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"writing", "dispatch", "drawing", "screen"},
+    {"writing", "dispatch", "telling", "drawing"},
     {"units", "borrowing", "keywords", "handing", "rows", "untrusted", "crew"},
     {"recording", "traced", "slice_rules", "criteria", "meters", "allocate", "bound", "recover", "sweep", "weights"},
     {
@@ -38,7 +38,7 @@ LAYERS = [
     {"checks", "costs", "evaluate", "study"},
     {"diagnosis", "final", "loop", "measuring", "page", "spread", "unfinished"},
     {"answer", "console", "live", "exporting", "report", "testing", "training"},
-    {"verdict"},
+    {"screen", "verdict"},
     {"run"},
     {"compare"},
     {"configuration"},
