@@ -37,6 +37,7 @@ usage: python -m autoprune COMMAND [key=value ...]
   finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
   export     the pruned network as ONNX, torch or safetensors       export outputs/.../ format=onnx
   report     write report.html again, of an unfinished run too     report outputs/.../
+  dashboard  look at all searches in the browser, live              dashboard port=8080
 
 -q (--quiet) shows errors, warnings and the verdict alone; --json shows the last screen as one JSON object.
 python -m autoprune COMMAND --help shows every key with its default.

@@ -23,7 +23,7 @@ MET, NOT_MET = 0, 3
 
 def _search(words: Sequence[str]) -> int:
     config = configured("search", words)
-    from autoprune import console, report, run
+    from autoprune import console, dashboard, report, run
 
     budgets = _budgets(config["budget"])
     settings = _search_settings(config)
@@ -43,6 +43,8 @@ def _search(words: Sequence[str]) -> int:
             **settings,
         )
     report.write(result, folder, command)
+    if result.storage and result.study:
+        dashboard.attach(folder / "report.html", storage=result.storage, study=result.study, output=config["output"])
     console.show(result, folder, command=command, task_words=_of(words, "task", "weights="))
     return MET if result.met else NOT_MET
 
@@ -234,6 +236,22 @@ def _report(words: Sequence[str]) -> int:
     return MET
 
 
+def _dashboard(words: Sequence[str]) -> int:
+    config = configured("dashboard", words)
+    from autoprune import console, dashboard
+
+    storage = config["study"]["storage"]
+    dashboard.serve(
+        storage,
+        artifacts=dashboard.artifacts_of(storage or "", config["output"]),
+        host=config["host"],
+        port=config["port"],
+        browse=config["open"],
+        listening=console.show_dashboard,
+    )
+    return MET
+
+
 def _task(config: Mapping[str, Any]) -> Task:
     """The task of a configuration, its model with the weights that this names, if it does."""
     task = make_task(config["task"])
@@ -290,4 +308,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "measure": _measure,
     "export": _export,
     "report": _report,
+    "dashboard": _dashboard,
 }

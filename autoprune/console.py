@@ -211,6 +211,16 @@ def show_again(then: Measurement, now: Measurement, budgets: Mapping[str, Budget
     return all(verdicts.values())
 
 
+def show_dashboard(url: str, studies: int, only_here: bool) -> None:
+    """Where a dashboard answers, and, where others can reach it, what that means."""
+    if not only_here:
+        Console(stderr=True).print(
+            "warning: the dashboard has no password: whoever reaches this address can read, change and delete studies",
+            highlight=False,
+        )
+    _tell({"url": url, "studies": studies}, verdict=(url,), after=(f"{studies} studies; Ctrl-C ends it",))
+
+
 def _both(then: Measurement, now: Measurement) -> tuple[tuple[str, Measurement], tuple[str, Measurement]]:
     return ("then", then), ("now", now)
 

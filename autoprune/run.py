@@ -137,7 +137,9 @@ def search(
             budgets=prices.limits,
             progress=progress,
         ) as study:
-            progress.begun(outset(study=name))
+            known = outset(study=name)
+            study.describe(known)
+            progress.begun(known)
             answer = searched(
                 planner, evaluator, prices, study, plan=plan, progress=progress, workers=crew, rank=prepared.rank
             )

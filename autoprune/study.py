@@ -21,6 +21,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from autoprune.core import Budget, InputError, Progress, PruningSpace, Silent, Trial
 from autoprune.lease import KEY, Lease
+from autoprune.outset import Outset
 from autoprune.storage import leave, open_storage, open_to_read, patiently, shown, unbroken, usable, waiting
 from autoprune.untrusted import DAMAGED
 
@@ -119,6 +120,15 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names(["score", *self._costs])
         self._study.set_user_attr("fingerprint", fingerprint)
+
+    def describe(self, outset: Outset) -> None:
+        """Say for people, in the dashboard, what is searched, on what and with what."""
+        about = {name: getattr(outset, name) for name in ("task", "strategy", "seed", "device")}
+        about |= {"budget": " ".join(outset.asked), "versions": dict(outset.versions)}
+        known = self._at_first(lambda: self._study.user_attrs)
+        for key, value in about.items():
+            if known.get(key) != value:
+                self._at_first(partial(self._study.set_user_attr, key, value))
 
     def trials(self) -> tuple[Trial, ...]:
         """What was recorded, in order, up to the first gap.

@@ -238,6 +238,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
         "finetune": "epochs: 3",
         "compare": "evaluations: 200",
         "train": "strength: 0.005",
+        "dashboard": "port: 8080",
     }
     assert shown.get(command, "RUN_DIR") in out
 
@@ -256,6 +257,8 @@ def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.Captur
         f"export {folder} format=onnx",
         "dashboard",
     ]
+    (kept,) = Path("outputs/artifacts").iterdir()  # what the dashboard shows
+    assert kept.read_text() == (folder / "report.html").read_text()
     assert json.loads((folder / "result.json").read_text())["budgets"][0]["met"] is True
     assert (folder / "config.yaml").exists()
     assert "groups of" in (folder / "log.txt").read_text()
