@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 PACED = 60  # trials that the pace is of, at most
 NAME, BAR, COLUMNS = 20, 10, 3  # characters of a group's name and bar, and columns of groups, at most
-BUDGET_BAR = 30
+BUDGET_BAR = 30  # characters, at most
 GLYPHS, ASCII = ("█", "─", "┃", "…"), ("#", "-", "|", ".")
 
 
@@ -76,40 +76,49 @@ class Board:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Whatever goes wrong in drawing is no reason to end a search."""
         try:
-            drawn = list(console.render(Group(*self._drawn(options, console.size.height)), options))
+            drawn = list(console.render(Group(*self._drawn(console, options)), options))
         except Exception as error:  # noqa: BLE001, see above
             logging.getLogger("autoprune").debug("the screen could not be drawn: %s", error)
             drawn = []
         yield from drawn
 
-    def _drawn(self, options: ConsoleOptions, height: int) -> Iterator[RenderableType]:
-        if self._outset is not None:
-            glyphs = ASCII if options.ascii_only else GLYPHS
-            above = [self._head(self._outset), self._scores(self._outset), *self._costs(self._outset, glyphs)]
-            below = list(self._pace(self._outset))
-            lines = max(0, height - len(above) - len(below) - 4)  # of which the stage and what was said last take some
-            ratios = self._outset.space.dense() if self._best is None else self._best.candidate.ratios
-            groups = list(self._groups(self._outset, ratios, width=options.max_width, lines=lines, glyphs=glyphs))
-            for line in (*above, *groups, *below):
+    def _drawn(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        """All that the terminal's height holds: the groups give way first."""
+        if (outset := self._outset) is not None:
+            width, glyphs = options.max_width, ASCII if options.ascii_only else GLYPHS
+            bar = max(BAR, min(BUDGET_BAR, width // 4))
+            told = (self._scores(outset), *self._costs(outset, bar, glyphs), self._head(outset), *self._pace(outset))
+            lines = [line for text in told for line in text.wrap(console, width)]
+            room = console.size.height - 3  # but for the stage and what was said last
+            ratios = outset.space.dense() if self._best is None else self._best.candidate.ratios
+            groups = self._groups(outset, ratios, width=width, lines=max(0, room - len(lines)), glyphs=glyphs)
+            for line in (*lines[: max(room, 1)], *groups):
                 line.no_wrap, line.overflow = True, "ellipsis"
                 yield line
         yield self._stages()
 
     def _head(self, outset: Outset) -> Text:
-        words = (outset.task, outset.strategy, " ".join(outset.asked), f"seed {outset.seed}", outset.device)
-        return Text(" · ".join(words), style="bold")
+        words = (
+            outset.task,
+            outset.strategy,
+            " ".join(outset.asked),
+            f"seed {outset.seed}",
+            outset.metric,
+            outset.device,
+        )
+        return Text(" · ".join(words), style="dim")
 
     def _scores(self, outset: Outset) -> Text:
-        line = Text(f"{outset.metric}  dense {_told(outset, outset.dense_score)}  best so far ")
+        line, dense = Text("best so far: "), f"; dense {_told(outset, outset.dense_score)}"
         if self._best is None:
-            return line.append("none within the budgets yet")
+            return line.append(f"none within the budgets yet{dense}")
         low, high = sorted(outset.sign * end for end in (self._best.score_low, self._best.score_high))
         line.append(_told(outset, outset.sign * self._best.score), style="bold green")
         if low < high:
             line.append(f" [{_told(outset, low)}, {_told(outset, high)}]")
-        return line.append(f"  trial {self._best.number}", style="dim")
+        return line.append(f", trial {self._best.number}{dense}")
 
-    def _costs(self, outset: Outset, glyphs: Sequence[str]) -> Iterator[Text]:
+    def _costs(self, outset: Outset, length: int, glyphs: Sequence[str]) -> Iterator[Text]:
         """A bar a budget, as long as the dense network's cost or the limit, if that is more; the mark is the limit."""
         for asked, budget in zip(outset.asked, outset.budgets, strict=True):
             costs = outset.dense if self._best is None else self._best.costs
@@ -117,7 +126,7 @@ class Board:
             whole = max(outset.dense[budget.cost].value, budget.limit)
             within = budget.slack(cost) >= 0
             line = Text(f"{asked} ").append(
-                _bar(cost.value / whole, BUDGET_BAR, glyphs, mark=budget.limit / whole),
+                _bar(cost.value / whole, length, glyphs, mark=budget.limit / whole),
                 style="green" if within else "yellow",
             )
             line.append(f" {with_interval(asdict(cost))} of {amount(budget.limit)} {budget.unit}")

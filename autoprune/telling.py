@@ -57,4 +57,6 @@ def _finite(value: Any) -> Any:
         return {str(key): _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(each) for each in value]
+    if hasattr(value, "item"):  # a number of NumPy's
+        value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -21,9 +21,9 @@ import safetensors.torch
 import tiny
 import torch
 
-from autoprune import RatioTable, cli, commands, telling
+from autoprune import RatioTable, cli, commands, console, telling
 from autoprune.configuration import config_of
-from autoprune.core import DeviceLostError
+from autoprune.core import Budget, DeviceLostError, Measurement
 from autoprune.prune import weights_hash
 
 QUICK = (
@@ -305,9 +305,12 @@ def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture
     assert weights_hash(again) == table.weights != weights_hash(tiny.make_task().model)
 
     (line,) = re.findall(r"reuse: +python -m autoprune (.*)", out)
-    status, _, err = run(capsys, *shlex.split(line), "finetune.epochs=0.1")
+    status, out, err = run(capsys, *shlex.split(line), "finetune.epochs=0.1", "--json")
     assert status == 0, err
     (tuned,) = Path("outputs/sparse/finetune").iterdir()
+    told = json.loads(out)
+    assert told["folder"] == str(tuned)
+    assert told["costs"]["params"]["measured"]["value"] < told["costs"]["params"]["dense"]["value"]
     assert RatioTable.load(tuned / "ratios.yaml") == table
 
 
@@ -392,8 +395,28 @@ def test_a_lost_search_is_told_to_a_program_with_the_line_to_go_on(
 
 
 def test_what_is_not_a_number_is_null_to_a_program(capsys: pytest.CaptureFixture[str]) -> None:
-    telling.write_json({"a": math.nan, "b": [1.5, -math.inf], "c": (None, {"d": 2})})
+    telling.write_json({"a": math.nan, "b": [1.5, -math.inf], "c": (None, {"d": np.int64(2)})})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.5, None], "c": [None, {"d": 2}]}
+
+
+def test_a_second_measurement_is_told_in_each_way(capsys: pytest.CaptureFixture[str]) -> None:
+    then, now = (
+        Measurement(value=value, unit="ms", low=value - 1, high=value + 1, kind="measured", notes=("[quiet]",))
+        for value in (10.0, 12.0)
+    )
+    budgets = {"latency_20ms": Budget("latency_ms", 20.0, "ms"), "latency_5ms": Budget("latency_ms", 5.0, "ms")}
+    lines = ["apart: +20.0 %", "budget latency_20ms: met", "budget latency_5ms: not met"]
+    assert not console.show_again(then, now, budgets)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["then: 10 [9, 11] ms ([quiet])", "now: 12 [11, 13] ms ([quiet])", *lines]
+    with telling.told(telling.Telling(quiet=True)):
+        console.show_again(then, now, budgets)
+    assert capsys.readouterr().out.splitlines() == lines
+    with telling.told(telling.Telling(json=True)):
+        assert console.show_again(then, now, {})
+    told = json.loads(capsys.readouterr().out)
+    assert (told["then"]["value"], told["now"]["high"], told["budgets"]) == (10.0, 13.0, [])
+    assert told["apart"] == pytest.approx(0.2)
 
 
 def test_our_own_failure_is_exit_1_in_one_line(

@@ -68,8 +68,7 @@ def test_the_dashboard_serves_the_study(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    program = "from optuna_dashboard._cli import main; main()"
-    line = [sys.executable, "-c", program, "sqlite:///outputs/studies.db", "--host", "127.0.0.1", "--port", str(port)]
+    line = [sys.executable, "-m", "autoprune", "dashboard", f"port={port}", "open=false"]
     server = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         studies = _answer(f"http://127.0.0.1:{port}/api/studies")["study_summaries"]
@@ -79,6 +78,7 @@ def test_the_dashboard_serves_the_study(tmp_path: Path) -> None:
         assert len(trials) > 10
         assert {p["name"] for p in trials[0]["params"]} == {"0.0", "1.body.0.0", "1.body.2", "2.body.0.0", "3.0"}
         assert len(trials[0]["values"]) == 2
+        assert [artifact["filename"] for artifact in detail["artifacts"]] == ["report.html"]
     finally:
         server.terminate()
         server.wait(timeout=10)
