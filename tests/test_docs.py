@@ -26,7 +26,7 @@ import pytest
 import yaml
 from markdown import LANGUAGES, ROOT, Block, anchors, blocks, links, pages, spans
 
-from autoprune import cli, commands
+from autoprune import RatioTable, cli, commands
 from autoprune.components import CONF, names
 from autoprune.configuration import GROUPS, configured
 
@@ -315,4 +315,7 @@ def test_the_training_loop_example_runs(tmp_path: Path) -> None:
     line = [sys.executable, str(ROOT / "examples" / "train_with_table.py"), str(table)]
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.rpartition(": ")[2]) < 1.0
+    assert float(re.findall(r"loss after one epoch: (.*)", done.stdout)[0]) < 1.0
+    widths = ast.literal_eval(re.findall(r"widths: (.*)", done.stdout)[0])
+    groups = RatioTable.load(table).groups
+    assert {member: len(g.units) for g in groups for member in g.members} == widths
