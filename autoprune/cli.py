@@ -14,8 +14,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from autoprune import manual
 from autoprune.commands import COMMANDS
-from autoprune.configuration import command_help
 from autoprune.core import DeviceLostError, InputError, MismatchError, StorageError
 from autoprune.crew import WorkersLostError
 from autoprune.telling import Telling, of_line, told, write_json
@@ -24,35 +24,14 @@ from autoprune.writing import is_full
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 LONGEST = 4000  # characters of an error
 
-HELP = """autoprune finds how much to prune from each layer of a trained PyTorch network under a hard budget.
-
-usage: python -m autoprune COMMAND [key=value ...]
-
-  search     find the ratios, the smaller network and the report    search budget=latency_20ms
-  doctor     what can be pruned, and what stands in the way         doctor task=my_task
-  train      silence units by training, for a search to start from  train regularizer=bn_l1
-  compare    strategies side by side, one table and one plot        compare strategies=[random,amc]
-  profile    build or refresh the device's cost table               profile device=torch_cpu
-  measure    measure a finished run's network again                measure outputs/.../
-  finetune   reuse a ratio table in training                        finetune ratios=outputs/.../ratios.yaml
-  export     the pruned network as ONNX, torch or safetensors       export outputs/.../ format=onnx
-  report     write report.html again, of an unfinished run too     report outputs/.../
-  dashboard  look at all searches in the browser, live              dashboard port=8080
-
--q (--quiet) shows errors, warnings and the verdict alone; --json shows the last screen as one JSON object.
-python -m autoprune COMMAND --help shows every key with its default.
-"""
-
-FLAGS = """# -q, --quiet   on the screen: errors, warnings and the verdict alone
-# --json        the last screen as one JSON object on the standard output; an error as {"error": ...}
-"""
+HELP = manual.overview(COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(HELP)
+        sys.stdout.write(manual.as_typed(HELP))
         return 0
     command, *words = arguments
     asked, rest = of_line(words)
@@ -60,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with told(asked):
             return _run(command, rest)
     except InputError as error:
-        return _ended(asked, WRONG_INPUT, _one_line(error))
+        return _ended(asked, WRONG_INPUT, manual.as_typed(_one_line(error)))
     except MismatchError as error:
         return _ended(asked, FAILED, _one_line(error))
     except (DeviceLostError, StorageError, WorkersLostError) as error:
@@ -84,7 +63,7 @@ def _run(command: str, words: Sequence[str]) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"unknown command '{command}': it must be one of {', '.join(COMMANDS)}{hint}")
     if any(word in ("-h", "--help") for word in words):
-        sys.stdout.write(f"{command_help(command)}\n{FLAGS}")
+        sys.stdout.write(manual.as_typed(manual.page(command, words)))
         return 0
     return COMMANDS[command](words)
 
@@ -116,4 +95,7 @@ def _kept(command: str) -> str:
 
 
 def _same_line(arguments: Sequence[str]) -> str:
-    return shlex.join([sys.executable, "-m", "autoprune", *arguments])
+    typed = manual.program()
+    return shlex.join(
+        [sys.executable, "-m", "autoprune", *arguments] if typed == manual.MODULE else [typed, *arguments]
+    )

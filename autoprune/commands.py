@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,6 +253,18 @@ def _dashboard(words: Sequence[str]) -> int:
     return MET
 
 
+def _completion(words: Sequence[str]) -> int:
+    from autoprune.completion import SHELLS, script
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise InputError(
+            f"completion takes the name of a shell, one of {', '.join(SHELLS)}, got {' '.join(words) or 'none'}: "
+            "python -m autoprune completion --help"
+        )
+    sys.stdout.write(script(words[0], COMMANDS))
+    return MET
+
+
 def _task(config: Mapping[str, Any]) -> Task:
     """The task of a configuration, its model with the weights that this names, if it does."""
     task = make_task(config["task"])
@@ -309,4 +322,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": _export,
     "report": _report,
     "dashboard": _dashboard,
+    "completion": _completion,
 }

@@ -37,10 +37,6 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     str: ((str, type(None)), "text"),
     list: ((list,), "a list"),
 }
-FOLDER_COMMANDS = {
-    "measure": "Measure a finished run's network again, in new processes, beside the dense one.",
-    "report": "Write report.html of a run again, or of one that is unfinished.",
-}
 
 
 def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
@@ -185,17 +181,3 @@ def config_of(folder: Path, parts: Sequence[str] = ("task", "device")) -> dict[s
             f"{folder} is not the folder of a search: config.yaml {type(error).__name__} {error}"
         ) from error
     return values  # type: ignore[no-any-return]
-
-
-def command_help(command: str) -> str:
-    """Every key of a command with its default, and the YAMLs that it may be made of."""
-    if command in FOLDER_COMMANDS:
-        return f"usage: python -m autoprune {command} RUN_DIR\n\n{FOLDER_COMMANDS[command]}\n"
-    words = "RUN_DIR [key=value ...]" if command == "export" else "[key=value ...]"
-    lines = [f"usage: python -m autoprune {command} {words}\n", (CONF / f"{command}.yaml").read_text()]
-    for group in GROUPS:
-        if f"- {group}: " in lines[1]:
-            for name in names(group):
-                lines.append(f"# {group}={name}\n{(CONF / group / f'{name}.yaml').read_text()}")
-    lines.append("# a task of your own: task._target_=my_module.make_task task.argument=value (see the README)\n")
-    return "\n".join(lines)

@@ -358,6 +358,7 @@ _BUDGET_WORDS: dict[str, tuple[str, dict[str, float]]] = {
     "latency": ("latency_ms", {"us": 1e-3, "ms": 1.0, "s": 1e3}),
     "energy": ("energy_mj", {"uJ": 1e-3, "mJ": 1.0, "J": 1e3}),
 }
+BUDGET_WORDS = tuple(_BUDGET_WORDS)
 
 
 @dataclass(frozen=True)

@@ -234,10 +234,11 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     shown = {
         "search": "epochs: 3",
         "profile": "held_out: 30",
-        "doctor": "max_ratio: 0.9",
+        "doctor": "channel  ",
         "finetune": "epochs: 3",
         "compare": "evaluations: 200",
-        "train": "strength: 0.005",
+        "train": "lr_fraction: 0.25",
+        "completion": "bash|zsh|fish",
         "dashboard": "port: 8080",
     }
     assert shown.get(command, "RUN_DIR") in out

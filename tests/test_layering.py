@@ -41,8 +41,8 @@ LAYERS = [
     {"screen", "verdict"},
     {"run"},
     {"compare"},
-    {"configuration"},
-    {"runfolder"},
+    {"configuration", "manual"},
+    {"completion", "runfolder"},
     {"commands"},
     {"cli"},
 ]
