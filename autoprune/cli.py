@@ -15,13 +15,13 @@ import traceback
 from collections.abc import Sequence
 
 from autoprune import manual
-from autoprune.commands import COMMANDS
+from autoprune.commands import COMMANDS, WRONG_INPUT
 from autoprune.core import DeviceLostError, InputError, MismatchError, StorageError
 from autoprune.crew import WorkersLostError
 from autoprune.telling import Telling, of_line, told, write_json
 from autoprune.writing import is_full
 
-FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+FAILED, INTERRUPTED = 1, 130
 LONGEST = 4000  # characters of an error
 
 HELP = manual.overview(COMMANDS)

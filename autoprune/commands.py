@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autoprune.outset import Outset
     from autoprune.screen import Screen
 
-MET, NOT_MET = 0, 3
+MET, WRONG_INPUT, NOT_MET = 0, 2, 3
 
 
 def _search(words: Sequence[str]) -> int:
@@ -109,13 +109,26 @@ def _compare(words: Sequence[str]) -> int:
 def _doctor(words: Sequence[str]) -> int:
     config = configured("doctor", words)
     from autoprune import console, diagnosis
+    from autoprune.checkup import Plan
     from autoprune.space import Space
 
     space = made(Space, config["space"], "space")
-    task = _task(config)
+    plan = made(Plan, {key: config[key] for key in ("images", "seconds", "seed")}, "doctor")
     with _watched() as screen:
-        found = diagnosis.doctor(task, space, progress=screen)
-    console.show_diagnosis(found)
+        found = diagnosis.examine(
+            lambda: _task(config),
+            space=space,
+            device=config["device"],
+            storage=config["study"]["storage"],
+            output=Path(config["output"]),
+            plan=plan,
+            progress=screen,
+        )
+    console.show_examination(found)
+    if found.failed and telling().json:
+        return WRONG_INPUT  # it is in the object
+    if found.failed:
+        raise InputError("; ".join(f"{finding.what}: {finding.detail}" for finding in found.failed))
     return MET
 
 

@@ -24,7 +24,7 @@ from autoprune.search_figures import SMOOTHED, warm_up_mean
 from autoprune.telling import telling, write_json
 
 if TYPE_CHECKING:
-    from autoprune.diagnosis import Diagnosis
+    from autoprune.diagnosis import Diagnosis, Examination
     from autoprune.exporting import Exported
     from autoprune.final import FineTuned
     from autoprune.meters.profile import CostTable
@@ -36,6 +36,7 @@ MET = "[green]met[/]"
 NOT_MET = "[bold red]not met[/]"
 NOT_SHOWN = "[bold yellow]not shown to be met[/]: the interval holds the limit"
 UNDECIDED = "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine"
+MARKS = {"ok": "[green]✓[/]", "warning": "[bold yellow]![/]", "failed": "[bold red]✗[/]"}
 MODELLED = " [yellow](modelled, not measured)[/]"
 
 
@@ -141,31 +142,60 @@ def show_comparison(lines: Sequence[str], files: Sequence[Path], rows: Sequence[
     _tell(values, before=lines, verdict=[where])
 
 
-def show_diagnosis(found: Diagnosis) -> None:
-    """The screen of a doctor: every group, every layer that is left whole with the reason, and the shares."""
+def show_examination(found: Examination) -> None:
+    """The screen of a doctor: what can be pruned, then every finding with its way out, and how many are bad."""
+    values: dict[str, Any] = {"findings": [asdict(finding) for finding in found.findings], "seconds": found.seconds}
+    parts: list[RenderableType] = []
+    if found.diagnosis is not None:
+        values |= _diagnosis_values(found.diagnosis)
+        parts += _diagnosis_parts(found.diagnosis, values["groups"])
+    bad: list[Text] = []
+    for area in dict.fromkeys(finding.area for finding in found.findings):
+        parts.append(Text.from_markup(f"\n[bold]{area}[/]"))
+        for finding in (finding for finding in found.findings if finding.area == area):
+            line = f"{MARKS[finding.status]} {escape(f'{finding.what}: {finding.detail}')}"
+            way_out = f" [dim]—[/] {escape(finding.way_out)}" if finding.way_out else ""
+            parts.append(Text.from_markup(line + way_out, emoji=False))
+            bad += [Text.from_markup(line + way_out, emoji=False)] if finding.status == "failed" else []
+    counts = {status: sum(finding.status == status for finding in found.findings) for status in MARKS}
+    verdict = (
+        f"{counts['ok']} ok, {counts['warning']} to look at, {counts['failed']} in the way of a search, looked at in "
+        f"{found.seconds:.0f} s"
+    )
+    _tell(values, before=(*parts, ""), verdict=(*(bad if telling().quiet else ()), verdict))
+
+
+def _diagnosis_values(found: Diagnosis) -> dict[str, Any]:
     space, macs = found.traced.space, found.traced.macs
-    title = "groups, each proven" if found.traced.narrows else "layers that can be masked"
-    table = Table("group", "units", "layers", "of MACs", title=title, title_justify="left")
-    whole = [g.size for g in space.groups]
-    groups = {}
+    whole, groups = [g.size for g in space.groups], {}
     for i, group in enumerate(space.groups):
         touched = [term for term in macs if i in term.left[1] or i in term.right[1] or i == term.gate]
-        more = f" and {len(group.members) - 1} more" if len(group.members) > 1 else ""
         share = amount_of(touched, whole) / max(amount_of(macs, whole), 1.0)
-        table.add_row(group.name, str(group.size), f"{group.members[0]}{more}", percent(share))
         groups[group.name] = {"size": group.size, "members": group.members, "macs": share}
+    values = {k: v for k, v in vars(found).items() if k not in ("traced", "seconds")}
+    return values | {"groups": groups, "refused": {r.name: r.reason for r in space.refused}}
+
+
+def _diagnosis_parts(found: Diagnosis, groups: Mapping[str, Any]) -> list[RenderableType]:
+    """What can be pruned: every group, every layer that is left whole with the reason, and the shares."""
+    title = "groups, each proven" if found.traced.narrows else "layers that can be masked"
+    table = Table("group", "units", "layers", "of MACs", title=title, title_justify="left")
+    for name, group in groups.items():
+        first, *others = group["members"]
+        more = f" and {len(others)} more" if others else ""
+        table.add_row(name, str(group["size"]), f"{first}{more}", percent(group["macs"]))
     left = Table("layer", "reason", title="left whole", title_justify="left")
-    for refusal in space.refused:
+    for refusal in found.traced.space.refused:
         left.add_row(refusal.name, refusal.reason)
-    verdict = (
-        f"{found.task}: {len(space.groups)} groups of {sum(whole)} units, traced and proven in {found.seconds:.1f} s",
+    units = sum(group["size"] for group in groups.values())
+    return [
+        table,
+        *([left] if found.traced.space.refused else []),
+        f"{found.task}: {len(groups)} groups of {units} units, traced and proven in {found.seconds:.1f} s",
         f"in layers that some group cuts: {percent(found.prunable_macs)} of MACs, "
         f"{percent(found.prunable_params)} of parameters",
         f"left at the deepest levels: {percent(found.least_macs)} of MACs, {percent(found.least_params)} of parameters",
-    )
-    values = {k: v for k, v in vars(found).items() if k != "traced"}
-    values |= {"groups": groups, "refused": {r.name: r.reason for r in space.refused}}
-    _tell(values, before=(table, *([left] if space.refused else [])), verdict=verdict)
+    ]
 
 
 def show_profile(table: CostTable, space: PruningSpace) -> None:

@@ -1,15 +1,25 @@
-"""What of a task's model can be pruned, what cannot, and which operation stands in the way, before any search."""
+"""What stands in the way of a search, before any: in the machine, the device, the storage and the task; and what of the
+task's model can be pruned, what cannot, and which operation is the reason."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from autoprune import surroundings
 from autoprune.checks import check_task
+from autoprune.checkup import AREA as TASK
+from autoprune.checkup import Plan, check_up
 from autoprune.core import Progress, Silent, Task, Term, amount_of
+from autoprune.findings import Finding, guarded
 from autoprune.keywords import positional_task
+from autoprune.measuring import device_of
+from autoprune.meters.device import Device
 from autoprune.space import Space, explored
+from autoprune.stock import stock
 from autoprune.traced import TracedModel
 
 
@@ -36,6 +46,10 @@ def doctor(task: Task, space: Space = Space(), *, progress: Progress = Silent())
     """
     task = positional_task(task)
     check_task(task)
+    return _traced(task, space, progress)
+
+
+def _traced(task: Task, space: Space, progress: Progress) -> Diagnosis:
     progress.stage("tracing", None)
     began = time.perf_counter()
     traced = explored(task.model, task.inputs, space)
@@ -52,6 +66,72 @@ def doctor(task: Task, space: Space = Space(), *, progress: Progress = Silent())
         least_params=amount_of(params, least) / max(amount_of(params, dense), 1.0),
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """Everything that was looked at; diagnosis: None where the task's model could not be traced."""
+
+    findings: tuple[Finding, ...]
+    diagnosis: Diagnosis | None
+    seconds: float
+
+    @property
+    def failed(self) -> list[Finding]:
+        """What a search would be refused for."""
+        return [finding for finding in self.findings if finding.status == "failed"]
+
+
+def examine(
+    make: Callable[[], Task],
+    *,
+    space: Space = Space(),
+    device: str | Mapping[str, Any] | Device = "torch_cpu",
+    storage: str | None = None,
+    output: Path = Path("outputs"),
+    plan: Plan = Plan(),
+    progress: Progress = Silent(),
+) -> Examination:
+    """Look at all that a search needs, and say of each what was found. What raises is a finding, and the rest is looked
+    at all the same; nothing is written, and neither the task nor a global random generator is left changed.
+
+    make: gives the task, and may raise.
+    """
+    began = time.perf_counter()
+    progress.stage("looking at the device", None)
+    there, target = surroundings.device(lambda: device_of(device))
+    found = surroundings.environment(output, threads=target.threads if target else 1) + there + stock(storage)
+    progress.stage("making the task", None)
+    tasks: list[Task] = []
+    found += guarded(TASK, "task", lambda: _made(make, tasks))
+    diagnoses: list[Diagnosis] = []
+    for task in tasks:
+
+        def look(task: Task = task) -> Iterator[Finding]:
+            diagnoses.append(_traced(task, space, progress))
+            yield _prunable(diagnoses[0])
+
+        found += guarded(TASK, "prunable", look)
+        progress.stage("trying the task", None)
+        found += check_up(task, diagnoses[0].traced if diagnoses else None, plan, target)
+    seconds = time.perf_counter() - began
+    return Examination(findings=tuple(found), diagnosis=next(iter(diagnoses), None), seconds=seconds)
+
+
+def _made(make: Callable[[], Task], tasks: list[Task]) -> tuple[()]:
+    tasks.append(positional_task(make()))
+    return ()
+
+
+def _prunable(found: Diagnosis) -> Finding:
+    groups, refused = found.traced.space.groups, found.traced.space.refused
+    if not groups:
+        reasons = "; ".join(f"{r.name}: {r.reason}" for r in refused[:3]) or "it has no convolution or linear layer"
+        way_out = "another space may do: channel, block or head, or weight, which masks single ones"
+        return Finding(area=TASK, what="prunable", detail=f"nothing: {reasons}", status="failed", way_out=way_out)
+    detail = f"{len(groups)} groups, in {found.prunable_macs:.0%} of MACs and {found.prunable_params:.0%} of parameters"
+    whole = f"; {len(refused)} left whole, the reasons are above" if refused else ""
+    return Finding(area=TASK, what="prunable", detail=detail + whole)
 
 
 def prunable(terms: Sequence[Term], kept: Sequence[int]) -> float:

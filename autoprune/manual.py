@@ -84,6 +84,8 @@ PAGES = {
         examples=(
             ("doctor task._target_=my_module.make_task", "a model of your own"),
             ("doctor", "this machine, and the default task"),
+            ("doctor device=ssh device.host=user@board", "is that board there, and can its runtime take the model?"),
+            ("doctor study.storage=postgresql://me@server/studies", "is that database there?"),
             ("doctor space=block", "which residual blocks can be left out"),
         ),
     ),
@@ -109,8 +111,8 @@ PAGES = {
     "report": Page(
         aim="understand",
         line="write report.html again, of an unfinished run too",
-        does="Writes report.html of a run again, from what the run left in its folder; of one that was interrupted, from\n"
-        "what the study has of its trials.",
+        does="Writes report.html of a run again, from what the run left in its folder;\n"
+        "of one that was interrupted, from what the study has of its trials.",
         examples=(("report RUN_DIR", "RUN_DIR is what the last screen of the search calls its files"),),
         takes="RUN_DIR",
     ),
@@ -143,7 +145,7 @@ PAGES = {
             ("export RUN_DIR format=torch batch=fixed", "a program of torch.export, for the example's batch alone"),
             (
                 "export RUN_DIR format=safetensors output=small.safetensors",
-                "the weights, to be loaded by RatioTable.rebuild",
+                "the weights alone",
             ),
         ),
         takes="RUN_DIR [key=value ...]",

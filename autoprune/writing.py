@@ -63,6 +63,11 @@ def room(path: Path) -> Iterator[None]:
         raise StorageError(f"the disk is full: {path} cannot be written") from error
 
 
+def nearest(path: Path) -> Path:
+    """The path itself, or the nearest folder above it, that is there."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def is_full(error: Exception) -> bool:
     """Whether it says that a disk, or a quota on it, is full; safetensors says so in words only."""
     return getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL)
