@@ -51,7 +51,8 @@ def ratios(groups: Mapping[str, Any]) -> Figure:
     for i, cost in enumerate(shares):
         axis = axes[i + 1]
         axis.barh(places, [row[5 + 2 * i] for row in rows], color=GREY, alpha=0.35, height=0.72, label="before")
-        axis.barh(places, [row[6 + 2 * i] for row in rows], color=BLUE, height=0.36, label="after")
+        if not any(math.isnan(row[6 + 2 * i]) for row in rows):
+            axis.barh(places, [row[6 + 2 * i] for row in rows], color=BLUE, height=0.36, label="after")
         axis.set_xlabel(f"{'MACs' if cost == 'macs' else 'parameters'}, % of all in dense")
         legend(axis, columns=2)
     axes[0].set_yticks(places, labels, fontsize=small)
@@ -87,13 +88,16 @@ def sensitivity(groups: Mapping[str, Any], curves: Curves) -> Figure:
     drawn.subplots_adjust(**space, hspace=0.32, wspace=0.1)
     top = max(high for points in curves.values() for *_, high in points)
     least = min(low for points in curves.values() for *_, low, _ in points)
-    ticks = [t for t in (-1.0, -0.1, 0.0, 0.1, 1.0, 10.0, 100.0) if least <= t <= top or t == 0]
+    fine = (0.01,) if top < 0.1 else ()
+    ticks = [t for t in (-1.0, -0.1, 0.0, *fine, 0.1, 1.0, 10.0, 100.0) if least <= t <= top or t == 0]
     for i, (axis, (name, points)) in enumerate(zip(axes, curves.items(), strict=False)):
         axis.set_yscale("symlog", linthresh=0.01)
         axis.set(xlim=(0, 1), ylim=(min(-0.01, least), max(top, 0.01) * 1.2))  # each its own: sharing takes the square
         axis.set_xticks([0, 0.5, 1], ["0", "0.5", "1"] if i + columns >= len(curves) else [""] * 3)
         axis.set_yticks(ticks, [f"{t:g}" if i % columns == 0 else "" for t in ticks])
         axis.minorticks_off()
+        if i % columns == 0:
+            axis.set_ylabel("loss increase", fontsize=8)
         x, y, low, high = zip(*((0.0, 0.0, 0.0, 0.0), *points), strict=True)
         axis.fill_between(x, low, high, color=BLUE, alpha=0.25, linewidth=0)
         axis.plot(x, y, color=BLUE, marker="o", markersize=2.5, linewidth=1.1)
@@ -101,8 +105,7 @@ def sensitivity(groups: Mapping[str, Any], curves: Curves) -> Figure:
         axis.set_title(_short(name, 26), fontsize=8, pad=3, loc="left", color=INK)
     for axis in axes[len(curves) :]:
         axis.set_visible(False)
-    drawn.supxlabel("ratio of this group alone: fraction of units removed", fontsize=9, color=INK)
-    drawn.supylabel("loss increase over dense", fontsize=9, color=INK, x=0.01)
+    drawn.supxlabel("ratio of this group alone: fraction of units removed", fontsize=9, color=INK, y=0.07 / height)
     says = (
         "Loss increase on the search split when one group alone is pruned, before any fine-tuning; shaded: 95 % "
         "interval; dashed: the chosen ratio. The loss axis is linear to 0.01 and logarithmic beyond."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +38,10 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> tupl
         values["groups"] = _at(values["groups"], best.ratios)
     drawn = drawings(values, rows)
     environment = Environment(loader=PackageLoader("autoprune", "."), autoescape=True, undefined=StrictUndefined)
-    environment.filters.update(amount=amount, percent=percent, points=points, interval=with_interval)
+    scale = search_figures.scale_of(values["score"], rows)
+    environment.filters.update(amount=amount, percent=percent, interval=with_interval)
+    environment.filters.update(score=percent if scale.fraction else amount)
+    environment.filters.update(change=points if scale.fraction else "{:+.4g}".format)
     page = environment.get_template("report.html.j2").render(
         values=values,
         figures={figure.name: figure for figure in drawn},
@@ -46,7 +50,7 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> tupl
         command=shlex.join(values["command"]),
         storage=shown(values["search"]["storage"]) if values["search"]["storage"] else "",
         best=best,
-        sign=search_figures.scale_of(values["score"], rows).sign,
+        sign=scale.sign,
         failed=sum(bool(row.error) for row in rows),
         few=FEW,
         **_tables(values),
@@ -78,7 +82,12 @@ def drawings(values: Mapping[str, Any], rows: Sequence[trialfile.Row]) -> list[F
 def _at(groups: Mapping[str, Any], ratios: Sequence[float]) -> dict[str, Any]:
     """The groups of an outset with these ratios; what their layers cost then is not known from its numbers."""
     rows = zip(groups.items(), ratios, strict=True)
-    return {name: {**group, "ratio": r, "kept": round(group["size"] * (1 - r))} for (name, group), r in rows}
+    found = {}
+    for (name, group), ratio in rows:
+        shares = {cost: [group[cost][0], math.nan] for cost in ("macs", "params") if cost in group}
+        kept = group["size"] - round(ratio * group["size"])
+        found[name] = {**group, "ratio": ratio, "kept": kept, **shares}
+    return found
 
 
 def _tables(values: Mapping[str, Any]) -> dict[str, Any]:

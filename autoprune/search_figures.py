@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SMOOTHED = 25  # episodes that a reward is averaged over
 BASELINE = "one ratio widened"  # what the sensitivity strategy calls one ratio for all groups, among its finalists
+MANY = 1000  # marks, which are small then
 KINDS = ("failed", "measured", "fine-tuned", "before fine-tuning", "on a part of the images")
 # what a cost is called
 WORDS = {
@@ -49,12 +50,16 @@ class Scale:
     def of_trial(self, score: float) -> float:
         return self.sign * self.factor * score
 
+    @property
+    def fraction(self) -> bool:
+        return self.factor == 100.0
+
 
 def scale_of(score: Mapping[str, Any], trials: Sequence[Row]) -> Scale:
     """A trial's score is higher the better, so that a metric that is better the lower shows in its sign."""
     dense, scores = score.get("dense", math.nan), [t.score for t in trials if math.isfinite(t.score)]
     turned = any(s * dense < 0 for s in scores) and not any(s * dense > 0 for s in scores)
-    fraction = all(0 <= abs(s) <= 1 for s in scores)
+    fraction = not any(abs(s) > 1 for s in (*scores, dense))
     label = f"{score['metric']} on the search split" + (", %" if fraction else "")
     return Scale(sign=-1.0 if turned else 1.0, factor=100.0 if fraction else 1.0, label=label)
 
@@ -121,11 +126,13 @@ def _corners(steps: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _by_kind(axis: Axes, rows: Sequence[tuple[str, float, float]], what: str = "") -> None:
     """A mark for each (kind, x, y), those that say most on top."""
-    alpha = 0.75 if len(rows) <= 1000 else 0.4
+    few = len(rows) <= MANY
     for kind in reversed(KINDS[1:]):
         shape, colour = LOOKS[kind]
         points = [(x, y) for known, x, y in rows if known == kind]
-        marks(axis, points, shape, colour=colour, label=f"{what}{kind}", alpha=alpha)
+        alpha = 1.0 if kind in ("measured", "fine-tuned") else 0.75 if few else 0.5
+        size = None if few or shape != "dot" else 2.2
+        marks(axis, points, shape, colour=colour, label=f"{what}{kind}", alpha=alpha, size=size)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
