@@ -20,7 +20,7 @@ SMOOTHED = 25  # episodes that a reward is averaged over
 BASELINE = "one ratio widened"  # what the sensitivity strategy calls one ratio for all groups, among its finalists
 MANY = 1000  # marks, which are small then
 KINDS = ("failed", "measured", "fine-tuned", "before fine-tuning", "on a part of the images")
-# what a cost is called
+# what a cost is called; no other name becomes a part of a file's
 WORDS = {
     "macs": "multiply-adds",
     "params": "parameters",
@@ -148,7 +148,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[str, Any]) -> Figure:
     """Score against one budget's cost: all trials, their Pareto front, dense, baseline and answer."""
     cost, unit = budget["cost"], budget["unit"]
-    title, scale = f"Score against {WORDS.get(cost, cost)}", scale_of(values["score"], trials)
+    title, scale = f"Score against {WORDS[cost]}", scale_of(values["score"], trials)
     dense = values["costs"][cost]["dense"]
     known = [t for t in trials if t.comparable and math.isfinite(t.costs[cost])]
     on_front = {known[i].number for i in front([(t.costs[cost], t.score) for t in known])}
@@ -177,7 +177,7 @@ def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[s
         )
         marks(axis, here, "ring", colour=ORANGE, label=what, size=2.2)
     axis.axvline(budget["limit"], color=ORANGE, linestyle="--", linewidth=1.2, label="limit")
-    axis.set_xlabel(f"{WORDS.get(cost, cost)} in {unit}")
+    axis.set_xlabel(f"{WORDS[cost]} in {unit}")
     axis.xaxis.set_major_formatter(_scaled(max(dense, budget["limit"])))
     axis.set_ylabel(scale.label)
     legend(axis, columns=4)
@@ -235,7 +235,7 @@ def rounds(values: Mapping[str, Any], trials: Sequence[Row]) -> Figure:
     x, y = zip(*(row[3:] for row in way), strict=True)
     axes[0].plot(x, y, color=ORANGE, marker="o", markersize=5, linewidth=1.4, label="winners")
     axes[0].axvline(budget["limit"], color=ORANGE, linestyle="--", linewidth=1.2, label="limit")
-    axes[0].set_xlabel(f"{WORDS.get(cost, cost)} in {budget['unit']}: winners measured, proposals predicted")
+    axes[0].set_xlabel(f"{WORDS[cost]} in {budget['unit']}: winners measured, proposals predicted")
     axes[0].xaxis.set_major_formatter(_scaled(max(x)))
     axes[0].set_ylabel(scale.label)
     legend(axes[0], columns=4)

@@ -448,6 +448,10 @@ RESULTS: dict[str, tuple[str | bytes, str]] = {
     "a list": ("[]", TRIALS),
     "a dense cost of nothing": (json.dumps(RESULT).replace('"dense": 10.0', '"dense": 0'), TRIALS),
     "a cost that is not a number": (json.dumps(RESULT).replace('"dense": 10.0', '"dense": "much"'), TRIALS),
+    "a cost that is a path": (
+        json.dumps(RESULT).replace("latency_ms", "../evil"),
+        TRIALS.replace("number,", "score,number,").replace("0,probe", "0.5,0,probe"),
+    ),
     "a winner who is not there": (with_result(rounds=[{"winner": 99, "proposals": []}]), TRIALS),
     "episodes without a beginning": (with_result(episodes=EPISODES), TRIALS),
     "held-out networks of infinite time": (with_result(cost_table={"held_out": [[1e999, 1]], "answers": []}), TRIALS),
