@@ -33,7 +33,7 @@ from autoprune.keywords import positional, unnamed
 from autoprune.meters import wire
 from autoprune.meters.worker import OnnxRuntime
 from autoprune.prune import Inputs, RatioTable
-from autoprune.writing import whole
+from autoprune.writing import is_full, whole
 
 SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}  # of each format
 TOLERANCE = {"onnx": 1e-4, "torch": 1e-4, "safetensors": 0.0}  # of the largest value of an output
@@ -125,7 +125,8 @@ def export(
                 found = _made(subject, temporary, replace(plan, batch=kind), exporter)
             return replace(found, path=path, note=str(problems.get("dynamic", "")))
         except (MismatchError, wire.NotExportedError) as error:
-            problems[kind] = error
+            if not isinstance(problems.get(kind), MismatchError):
+                problems[kind] = error
     if isinstance(problems["fixed"], MismatchError):
         raise problems["fixed"]
     raise InputError(f"the network cannot be exported to {format}: {problems['fixed']}")
@@ -169,8 +170,8 @@ class _Subject:
     def of(model: nn.Module, inputs: Inputs) -> _Subject:
         keywords = tuple(inputs) if isinstance(inputs, Mapping) else ()
         given = arguments(unnamed(model, inputs)[1], "cpu")
-        if not all(x.dim() for x in given):
-            raise InputError("the first dimension of every input must be the batch, one input has none")
+        if not all(isinstance(x, Tensor) and x.dim() and len(x) for x in given):
+            raise InputError("every input must be a tensor whose first dimension is the batch, of one example or more")
         made = {id(v): v.detach().clone() for m in model.modules() for v in vars(m).values() if _is_made(v)}
         return _Subject(copy.deepcopy(model, made).cpu().eval(), given, keywords)
 
@@ -226,9 +227,12 @@ def _made(subject: _Subject, path: Path, plan: Plan, exporter: str) -> Exported:
     """
     here = len(subject.inputs[0])
     examples = {n: subject.examples(n) for n in sorted({here, *SIZES} if plan.batch == "dynamic" else {here})}
-    with _telling("the network does not run at another batch than the example's"):
+    others = "at another batch than the example's" if plan.batch == "dynamic" else "on its example"
+    with _telling(f"the network does not run {others}"):
         answers = {n: subject.run(subject.model, given) for n, given in examples.items()}
     wanted = {n: _tensors(answer) for n, answer in answers.items()}
+    if not wanted[here]:
+        raise InputError("the output of the network must hold a tensor, it has none")
     names = _output_names(answers[here], len(wanted[here]), subject.names)
     facts = _facts(subject) | {"inputs": _shapes(subject.names, examples), "outputs": _shapes(names, wanted)}
     written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
@@ -351,6 +355,8 @@ def _telling(place: str) -> Iterator[None]:
     except (InputError, MismatchError):
         raise
     except Exception as error:
+        if is_full(error):
+            raise
         told = " ".join(str(error).split())[:200]
         raise wire.NotExportedError(f"{place}: {type(error).__name__}: {told}") from error
 

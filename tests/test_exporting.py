@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from zoo import ZOO, Plain
 import autoprune
 from autoprune import cli, exporting
 from autoprune.borrowing import first, seeded
-from autoprune.core import InputError, MismatchError
+from autoprune.core import InputError, MismatchError, StorageError
 from autoprune.keywords import positional
 from autoprune.meters import wire
 from autoprune.prune import RatioTable
@@ -176,6 +177,25 @@ def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.onnx", "what was there")]
 
 
+def test_a_full_disk_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any, **named: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(StorageError, match=r"the disk is full: .*x\.pt2 cannot be written"):
+        autoprune.export(Plain().eval(), (torch.randn(2, 3, 16, 16),), tmp_path / "x.pt2", format="torch")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("opset", [13, 21])
+def test_the_opset_is_the_one_that_is_asked_for(opset: int, tmp_path: Path) -> None:
+    made = autoprune.export(Plain().eval(), (torch.randn(2, 3, 16, 16),), tmp_path / "x.onnx", opset=opset)
+    file = onnx.load(made.path)
+    assert [entry.version for entry in file.opset_import if not entry.domain] == [made.opset] == [opset]
+    for value in (*file.graph.input, *file.graph.output):
+        assert value.type.tensor_type.shape.dim[0].dim_param, f"{value.name} has a batch of its own"
+
+
 def test_outputs_are_compared_each_by_its_own_size() -> None:
     one, nan, inf = torch.tensor([2.0, -4.0]), torch.tensor([float("nan")]), torch.tensor([float("inf")])
     assert exporting._gap([one + 1], [one]) == (1.0, 0.25)
@@ -194,7 +214,7 @@ def test_outputs_are_compared_each_by_its_own_size() -> None:
         ({"opset": 5}, "11 <= opset <= 23 must hold, got opset=5"),
         ({"path": "x.pt"}, r"output must be a file \*.onnx in a folder that there is, got x.pt"),
         ({"path": "nowhere/x.onnx"}, "in a folder that there is"),
-        ({"inputs": (torch.tensor(1.0),)}, "the first dimension of every input must be the batch"),
+        ({"inputs": (torch.tensor(1.0),)}, "every input must be a tensor whose first dimension is the batch"),
     ],
 )
 def test_wrong_settings_are_one_clear_line(settings: dict[str, Any], says: str) -> None:
