@@ -123,6 +123,9 @@ def test_masked_weights_are_zeros_in_the_file_and_masks_in_the_network(tmp_path:
     made = autoprune.export(model, inputs, tmp_path / "x.onnx")
     tensors = [onnx.numpy_helper.to_array(t) for t in onnx.load(made.path).graph.initializer]
     assert float(np.mean(next(t for t in tensors if t.shape == (12, 8, 3, 3)) == 0)) == 0.75
+    program = torch.export.load(autoprune.export(model, inputs, tmp_path / "x.pt2", format="torch").path)
+    assert float((program.state_dict["1.0.weight"] == 0).float().mean()) == 0.75
+    assert not [name for name in program.state_dict if "mask" in name]
     assert prune.is_pruned(model)
 
 
