@@ -139,7 +139,7 @@ def show_comparison(lines: Sequence[str], files: Sequence[Path], rows: Sequence[
     """The last screen of a comparison: its tables, and where they are kept. rows: compare.Row of every search."""
     where = f"files: {', '.join(map(str, files))}"
     values = {"rows": [asdict(row) for row in rows], "files": [str(file) for file in files]}
-    _tell(values, before=lines, verdict=[where])
+    _tell(values, verdict=[*lines, where])
 
 
 def show_examination(found: Examination) -> None:

@@ -111,7 +111,7 @@ class Board:
     def _scores(self, outset: Outset) -> Text:
         line, dense = Text("best so far: "), f"; dense {_told(outset, outset.dense_score)}"
         if self._best is None:
-            return line.append(f"none within the budgets yet{dense}")
+            return line.append(f"none on all images within the budgets yet{dense}")
         low, high = sorted(outset.sign * end for end in (self._best.score_low, self._best.score_high))
         line.append(_told(outset, outset.sign * self._best.score), style="bold green")
         if low < high:
@@ -131,7 +131,7 @@ class Board:
             )
             line.append(f" {with_interval(asdict(cost))} of {amount(budget.limit)} {budget.unit}")
             line.append(f", {percent(cost.value / budget.limit)}; dense {amount(outset.dense[budget.cost].value)}")
-            yield line.append(f" ({cost.kind})", style="dim")
+            yield line if cost.kind == "counted" else line.append(f" ({cost.kind})", style="dim")
 
     def _groups(
         self, outset: Outset, ratios: Sequence[float], *, width: int, lines: int, glyphs: Sequence[str]

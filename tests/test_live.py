@@ -68,7 +68,7 @@ def board(*trials: Trial, of: Outset | None = None, clock: Any = time.monotonic)
 
 
 def test_the_best_so_far_is_within_the_budgets_and_scored_on_all_images() -> None:
-    assert "none within the budgets yet" in drawn(board(trial(0, 0.99, 900.0)))
+    assert "none on all images within the budgets yet; dense 90.00 %" in drawn(board(trial(0, 0.99, 900.0)))
     best = board(
         trial(0, 0.80, 400.0, 0.25),
         trial(1, 0.85, 500.0, 0.75),
@@ -79,7 +79,7 @@ def test_the_best_so_far_is_within_the_budgets_and_scored_on_all_images() -> Non
     )
     shown = drawn(best)
     assert "best so far: 85.00 % [84.00 %, 86.00 %], trial 1; dense 90.00 %" in shown
-    assert "500 of 500 MACs, 100.00 %; dense 1000" in shown
+    assert "500 of 500 MACs, 100.00 %; dense 1000 (predicted)" in shown
     assert shown.count("0.75") == 3  # the ratios of the groups
     assert "trials: 6, 1 failed, 0 from the cache" in shown
     assert "last: trial 5: failed" in shown
