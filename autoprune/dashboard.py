@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import ipaddress
 import json
 import logging
@@ -35,6 +36,7 @@ from autoprune.untrusted import DAMAGED
 
 LOG = logging.getLogger("autoprune")
 TABLES = {"studies", "trials", "version_info"}  # of every Optuna database
+NOTE = "[The report of this search]"  # what a study's note begins with
 INSTALL = "pip install 'autoprune[dashboard]'"
 
 
@@ -65,11 +67,21 @@ def _attach(report: Path, opened: optuna.storages.BaseStorage, name: str, folder
     attributes = opened.get_study_system_attrs(study._study_id)
     metas = [json.loads(text) for key, text in attributes.items() if key.startswith(ARTIFACTS_ATTR_PREFIX)]
     kept = [meta["artifact_id"] for meta in metas if meta and meta["filename"] == report.name]  # null: deleted since
-    if not kept:
-        upload_artifact(artifact_store=artifacts, file_path=str(report), study_or_trial=study)
-        return
-    with report.open("rb") as file:
-        artifacts.write(kept[0], file)
+    if kept:
+        with report.open("rb") as file:
+            artifacts.write(kept[0], file)
+    else:
+        kept = [upload_artifact(artifact_store=artifacts, file_path=str(report), study_or_trial=study)]
+    if importlib.util.find_spec("optuna_dashboard") is not None:
+        _note(study, f"{NOTE}(/artifacts/{study._study_id}/{kept[0]}) ({report.parent})")
+
+
+def _note(study: optuna.Study, text: str) -> None:
+    """Lead people from the study's note to its report, but for a note of their own."""
+    from optuna_dashboard import get_note, save_note
+
+    if (earlier := get_note(study)) != text and (not earlier or earlier.startswith(NOTE)):
+        save_note(study, text)
 
 
 def serve(

@@ -18,12 +18,14 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna_dashboard import get_note, save_note
 from test_live import outset, trial
 
 from autoprune import cli, dashboard
 from autoprune.storage import leave, open_storage
 from autoprune.study import Study
 
+pytestmark = pytest.mark.xdist_group("dashboard")  # one server for all
 CHROMIUM = Path("/usr/bin/chromium")
 NAME, GROUPS = "tiny uniform flops_50pct seed 0 (12345678)", 100
 
@@ -53,6 +55,8 @@ def test_a_report_is_kept_with_its_study_and_takes_the_place_of_an_earlier_one(t
     opened = open_storage(storage)
     study = optuna.load_study(study_name=NAME, storage=opened)
     assert study.user_attrs["folder"] == str(tmp_path / "second")
+    assert get_note(study).endswith(f"/{file.name}) ({tmp_path / 'second'})")
+    save_note(study, "mine")
     (meta,) = optuna.artifacts.get_all_artifact_meta(study)
     assert (meta.artifact_id, meta.filename, meta.mimetype) == (file.name, "report.html", "text/html")
     opened.set_study_system_attr(study._study_id, f"artifacts:{file.name}", json.dumps(None))  # deleted there
@@ -60,6 +64,9 @@ def test_a_report_is_kept_with_its_study_and_takes_the_place_of_an_earlier_one(t
     leave(opened)
     dashboard.attach(report(tmp_path / "third", "third"), storage=storage, study=NAME, output="elsewhere")
     assert [f.read_text() for f in (tmp_path / "artifacts").iterdir()] == ["third"]
+    opened = open_storage(storage)
+    assert get_note(optuna.load_study(study_name=NAME, storage=opened)) == "mine"
+    leave(opened)
 
 
 def test_a_report_that_cannot_be_kept_is_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,6 +216,7 @@ def test_the_study_and_its_report_are_served(served: Served, capsys: pytest.Capt
     assert f"port={port} of 127.0.0.1 is taken: give another, or port=0 for a free one" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="there is no Chromium")
 def test_a_browser_shows_it_and_asks_no_other_host(served: Served, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
@@ -230,6 +238,9 @@ def test_a_browser_shows_it_and_asks_no_other_host(served: Served, tmp_path: Pat
         assert page.locator(".js-plotly-plot .point").count() >= 12
         page.wait_for_timeout(1500)
         page.screenshot(path=tmp_path / "dashboard.png")
+        page.goto(f"{served.root}/dashboard/studies/{study['study_id']}/note")
+        page.get_by_text("The report of this search").click()
+        page.get_by_text("what was found").wait_for(timeout=30_000)
     assert (tmp_path / "dashboard.png").stat().st_size > 10_000
     assert wrong == []
     assert [url for url in asked if not url.startswith((served.root, "data:", "blob:"))] == []
