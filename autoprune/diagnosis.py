@@ -106,21 +106,23 @@ def examine(
     found += guarded(TASK, "task", lambda: _made(make, tasks))
     diagnoses: list[Diagnosis] = []
     for task in tasks:
-
-        def look(task: Task = task) -> Iterator[Finding]:
-            diagnoses.append(_traced(task, space, progress))
-            yield _prunable(diagnoses[0])
-
-        found += guarded(TASK, "prunable", look)
+        found += guarded(TASK, "prunable", lambda task=task: _traceable(task, space, diagnoses, progress))  # type: ignore[misc]
         progress.stage("trying the task", None)
         found += check_up(task, diagnoses[0].traced if diagnoses else None, plan, target)
     seconds = time.perf_counter() - began
-    return Examination(findings=tuple(found), diagnosis=next(iter(diagnoses), None), seconds=seconds)
+    return Examination(findings=tuple(found), diagnosis=diagnoses[0] if diagnoses else None, seconds=seconds)
 
 
-def _made(make: Callable[[], Task], tasks: list[Task]) -> tuple[()]:
+def _made(make: Callable[[], Task], tasks: list[Task]) -> Iterator[Finding]:
+    """Adds the task; nothing is to be said of it yet."""
     tasks.append(positional_task(make()))
-    return ()
+    yield from ()
+
+
+def _traceable(task: Task, space: Space, diagnoses: list[Diagnosis], progress: Progress) -> Iterator[Finding]:
+    """Adds the diagnosis."""
+    diagnoses.append(_traced(task, space, progress))
+    yield _prunable(diagnoses[0])
 
 
 def _prunable(found: Diagnosis) -> Finding:

@@ -27,5 +27,6 @@ def guarded(area: str, what: str, look: Callable[[], Iterable[Finding]], *, way_
         return list(look())
     except Exception as error:  # noqa: BLE001, what the user's code raises is what is found
         text = " ".join(str(error).split())[:300] or "no message"
+        text = "".join(letter if letter.isprintable() else "?" for letter in text)  # none moves a terminal's cursor
         said = text if type(error).__name__ == "InputError" else f"{type(error).__name__}: {text}"
         return [Finding(area=area, what=what, detail=said, status="failed", way_out=way_out)]

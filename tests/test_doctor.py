@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import json
 import os
 import random
 import sqlite3
@@ -214,11 +215,11 @@ def near(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("near")
 def test_a_task_that_cannot_be_made_leaves_the_rest_to_be_looked_at() -> None:
     def make() -> Task:
-        raise RuntimeError("no such data")
+        raise RuntimeError("no such\x1b[2J data")
 
     found = examine(make, storage="sqlite:///outputs/studies.db")
     (failed,) = found.failed
-    assert (failed.area, failed.what, failed.detail) == ("task", "task", "RuntimeError: no such data")
+    assert (failed.area, failed.what, failed.detail) == ("task", "task", "RuntimeError: no such?[2J data")
     assert found.diagnosis is None
     assert {finding.area for finding in found.findings} == {"environment", "storage", "task"}
     assert not Path("outputs").exists(), "looking makes nothing"
@@ -320,5 +321,9 @@ def test_the_command_tells_failures_by_its_exit_status(capsys: pytest.CaptureFix
     assert "✗ task: task: toys.broken raised RuntimeError: disk on fire" in shown.out
     assert "✓ python" in shown.out
     assert shown.err.splitlines()[-1].startswith("autoprune: task: task: toys.broken raised")
+    assert cli.main(["doctor", "task._target_=toys.broken", "--json"]) == 2
+    values = json.loads(capsys.readouterr().out)
+    told = {finding["what"]: finding["status"] for finding in values["findings"]}
+    assert (told["task"], told["python"]) == ("failed", "ok")
     assert cli.main(["doctor", "images=1"]) == 2
     assert "doctor: images >= 2 must hold, got images=1" in capsys.readouterr().err
