@@ -19,6 +19,7 @@ from test_study import Heard, study_of, trial
 
 from autoprune.core import InputError
 from autoprune.storage import check_storage
+from autoprune.study import recorded
 
 pytestmark = pytest.mark.xdist_group("postgresql")
 URL = "postgresql+psycopg://postgres@/postgres?host={}"
@@ -45,6 +46,7 @@ def test_a_study_goes_on_where_it_ended(url: str, name: str) -> None:
     with study_of(url, name) as study:
         study.record(trial(0))
         study.record(trial(1, error="MemoryError: no room"))
+        assert recorded(url, name, ["macs"]) == study.trials(), "it is read meanwhile"
     with study_of(url, name) as study:
         assert study.trials() == (trial(0), trial(1, error="MemoryError: no room"))
     with pytest.raises(InputError, match="seed was 0, is 1"):

@@ -38,7 +38,7 @@ from autoprune.core import (
 )
 from autoprune.lease import Lease
 from autoprune.storage import check_storage, open_storage, shown
-from autoprune.study import Study
+from autoprune.study import Study, recorded
 
 SPACE = PruningSpace((Group(name="g", size=2, levels=(0.0, 0.5)),))
 
@@ -88,6 +88,19 @@ def test_a_trial_that_was_written_twice_counts_once(url: str) -> None:
         assert study.trials() == tuple(map(trial, range(4)))
         study.record(trial(1, seconds=9.0))  # that is another: everything after it is scored anew
         assert study.trials() == (trial(0), trial(1, seconds=9.0))
+
+
+def test_what_was_recorded_is_read_while_a_search_goes_on(url: str) -> None:
+    with study_of(url) as study:
+        for number in (0, 1, 3):
+            study.record(trial(number))
+        assert recorded(url, "mine", ["macs"]) == (trial(0), trial(1))
+        with pytest.raises(InputError, match=r"trial 0 of study 'mine' in .* is damaged .*it has no latency_ms"):
+            recorded(url, "mine", ["latency_ms"])
+        study.record(trial(2))
+        assert recorded(url, "mine", ["macs"]) == study.trials() == tuple(map(trial, range(4)))
+    with pytest.raises(InputError, match="there is no study 'yours' in"):
+        recorded(url, "yours", ["macs"])
 
 
 def test_a_trial_is_written_as_optuna_writes_it(tmp_path: Path) -> None:
