@@ -109,6 +109,7 @@ def progress(values: Mapping[str, Any], trials: Sequence[Row]) -> Figure:
     axis.set_ylim(low, high)
     axis.set_xlim(-0.02 * len(rows) - 0.5, 1.02 * len(rows))
     axis.set_xlabel("trial number")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_ylabel(scale.label)
     legend(axis, columns=4)
     says = "One mark a trial; those that failed lie on the axis."
@@ -177,7 +178,7 @@ def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[s
         )
         marks(axis, here, "ring", colour=ORANGE, label=what, size=2.2)
     axis.axvline(budget["limit"], color=ORANGE, linestyle="--", linewidth=1.2, label="limit")
-    axis.set_xlabel(f"{WORDS[cost]} in {unit}")
+    axis.set_xlabel(_named(cost, unit))
     axis.xaxis.set_major_formatter(_scaled(max(dense, budget["limit"])))
     axis.set_ylabel(scale.label)
     legend(axis, columns=4)
@@ -198,6 +199,11 @@ def _answer(values: Mapping[str, Any], trials: Sequence[Row]) -> Row | None:
         return (best_so_far(trials, values["budgets"]) or [None])[-1]
     chosen = tuple(group["ratio"] for group in values["groups"].values())
     return next((t for t in reversed(trials) if t.measured and t.ratios == chosen), None)
+
+
+def _named(cost: str, unit: str) -> str:
+    """A cost with its unit, once where they are the same word."""
+    return WORDS[cost] if WORDS[cost] == unit else f"{WORDS[cost]} in {unit}"
 
 
 def _scaled(largest: float) -> Any:
@@ -235,7 +241,7 @@ def rounds(values: Mapping[str, Any], trials: Sequence[Row]) -> Figure:
     x, y = zip(*(row[3:] for row in way), strict=True)
     axes[0].plot(x, y, color=ORANGE, marker="o", markersize=5, linewidth=1.4, label="winners")
     axes[0].axvline(budget["limit"], color=ORANGE, linestyle="--", linewidth=1.2, label="limit")
-    axes[0].set_xlabel(f"{WORDS[cost]} in {budget['unit']}: winners measured, proposals predicted")
+    axes[0].set_xlabel(f"{_named(cost, budget['unit'])}: winners measured, proposals predicted")
     axes[0].xaxis.set_major_formatter(_scaled(max(x)))
     axes[0].set_ylabel(scale.label)
     legend(axes[0], columns=4)
