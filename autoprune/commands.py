@@ -45,7 +45,8 @@ def _search(words: Sequence[str]) -> int:
         )
     report.write(result, folder, command)
     if result.storage and result.study:
-        dashboard.attach(folder / "report.html", storage=result.storage, study=result.study, output=config["output"])
+        storage = config["study"]["storage"]
+        dashboard.attach(folder / "report.html", storage=storage, study=result.study, output=config["output"])
     console.show(result, folder, command=command, task_words=_of(words, "task", "weights="))
     return MET if result.met else NOT_MET
 

@@ -32,7 +32,7 @@ class Outset:
     the dense network; dense_score: its score on the search split, in the metric's own sign. sign: 1, or -1 where
     the metric is better the lower: a trial's score times this is in the metric's own. asked: the budgets as they
     were given. parts: of every group, by its name. study: "" where the dense network keeps every budget and nothing
-    was searched.
+    was searched. storage: of the study, without its password.
     """
 
     task: str

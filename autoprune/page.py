@@ -48,7 +48,7 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> tupl
         tradeoffs=[figure.name for figure in drawn if figure.name.startswith("tradeoff_")],
         about=[json.loads(trials[made["winner"]]["about"]) for made in values["rounds"]],
         command=shlex.join(values["command"]),
-        storage=shown(values["search"]["storage"]) if values["search"]["storage"] else "",
+        storage=shown(values["search"]["storage"]) if values["search"]["storage"] else "",  # older runs keep it whole
         best=best,
         sign=scale.sign,
         failed=sum(bool(row.error) for row in rows),

@@ -66,7 +66,7 @@ def rewrite(folder: Path) -> None:
     """
     try:
         if (folder / "outset.json").exists() and not (folder / "result.json").exists():
-            values, trials = unfinished.so_far(untrusted.json_of(folder / "outset.json"))
+            values, trials = unfinished.so_far(folder)
             trialfile.write(folder / "trials.csv", trials, list(values["groups"]))
         else:
             values = untrusted.json_of(folder / "result.json")

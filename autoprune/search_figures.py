@@ -109,7 +109,7 @@ def progress(values: Mapping[str, Any], trials: Sequence[Row]) -> Figure:
     axis.set_ylim(low, high)
     axis.set_xlim(-0.02 * len(rows) - 0.5, 1.02 * len(rows))
     axis.set_xlabel("trial number")
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.locator_params("x", integer=True)
     axis.set_ylabel(scale.label)
     legend(axis, columns=4)
     says = "One mark a trial; those that failed lie on the axis."

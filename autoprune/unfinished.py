@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from autoprune import untrusted
 from autoprune.core import Trial
 from autoprune.study import recorded
 
 
-def so_far(outset: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Trial, ...]]:
-    """The content of outset.json with what a page needs beside it, and the trials that are recorded.
+def so_far(folder: Path) -> tuple[dict[str, Any], tuple[Trial, ...]]:
+    """The content of a run's outset.json with what a page needs beside it, and the trials that are recorded. The
+    password of a database is in config.yaml alone.
 
     Raises:
         InputError: the study cannot be read.
         LookupError, TypeError, ValueError: the outset is of no search, or the trials are of another.
     """
-    search, groups = outset["search"], outset["groups"]
-    trials = recorded(search["storage"], search["study"], [budget["cost"] for budget in outset["budgets"]])
+    outset = untrusted.json_of(folder / "outset.json")
+    search, groups, storage = outset["search"], outset["groups"], outset["search"]["storage"]
+    if storage and ":***@" in storage:
+        storage = str(untrusted.yaml_of(folder / "config.yaml")["study"]["storage"])
+    trials = recorded(storage, search["study"], [budget["cost"] for budget in outset["budgets"]])
     if any(len(trial.candidate.ratios) != len(groups) for trial in trials):
         raise ValueError(f"its study '{search['study']}' is of other groups")
     return {**outset, "finished": False, "search": {**search, "trials": len(trials)}}, trials

@@ -23,6 +23,7 @@ from autoprune.outset import Outset, parts_of
 from autoprune.prune import RatioTable, weights_hash
 from autoprune.result import LayerTime, Result, Scores
 from autoprune.rows import TableGroup
+from autoprune.storage import shown
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
 
@@ -98,7 +99,7 @@ def begun(
         space=prices.traced.space,
         parts=parts_of(prices.traced, evaluator.dense_model),
         study=study,
-        storage=storage,
+        storage=None if storage is None else shown(storage),
         versions=_versions(),
         notes=task.notes,
     )

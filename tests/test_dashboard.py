@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 import queue
 import signal
 import subprocess
@@ -70,8 +69,6 @@ def test_a_report_is_kept_with_its_study_and_takes_the_place_of_an_earlier_one(t
 
 
 def test_a_report_that_cannot_be_kept_is_a_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("autoprune")
-    logger.propagate = True
     storage, made = kept_study(tmp_path, 1), report(tmp_path / "run", "text")
     for storage_, name in ((storage, "deleted"), ("oracle://x", NAME)):
         dashboard.attach(made, storage=storage_, study=name, output=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.space import Space, trace
 from autoprune.traced import tensors_of
+from autoprune.unfinished import so_far
 
 QUICK = FineTune(epochs=0.2, teach=0.0)
 SCORING = Scoring(images=300, recalibration=2, short=QUICK)
@@ -270,8 +272,6 @@ def test_a_reused_table_is_healed_as_asked_and_by_nothing_else() -> None:
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
-    import json
-
     result = searched()
     report.write(result, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} >= {
@@ -300,8 +300,6 @@ def test_files_of_a_run(tmp_path: Path) -> None:
 
 
 def test_what_a_search_begins_with_is_told_and_is_part_of_its_result(tmp_path: Path) -> None:
-    import json
-
     class Told(Silent):
         def __init__(self) -> None:
             self.outsets: list[Outset] = []
@@ -331,6 +329,25 @@ def test_what_a_search_begins_with_is_told_and_is_part_of_its_result(tmp_path: P
         assert began[key].items() <= ended[key].items(), key
     for before, after in zip(began["budgets"], ended["budgets"], strict=True):
         assert before.items() <= after.items()
+
+
+def test_the_password_of_a_database_is_in_the_configuration_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = "postgresql+psycopg://me:{}@host/studies"
+    outset = dataclasses.replace(searched(strategy="uniform"), storage=url.format("***"), study="mine")
+    report.begin(outset, tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"study": {"storage": url.format("secret")}}))
+    read: list[str | None] = []
+
+    def recorded(storage: str | None, name: str, costs: Sequence[str]) -> tuple[Trial, ...]:
+        read.append(storage)
+        return ()
+
+    monkeypatch.setattr("autoprune.unfinished.recorded", recorded)
+    values, _ = so_far(tmp_path)
+    assert read == [url.format("secret")]
+    assert "secret" not in json.dumps(values)
 
 
 def test_a_group_holds_the_costs_of_the_layers_it_cuts() -> None:
