@@ -70,7 +70,8 @@ def real_space(name: str) -> tuple[PruningSpace, CostModel]:
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg", "resnet", "mobilenetv2", "densenet", pytest.param("40 groups", marks=pytest.mark.slow)]
+    "name",
+    ["vgg", "resnet", "mobilenetv2", "densenet", pytest.param("40 groups", marks=[pytest.mark.slow, pytest.mark.long])],
 )
 def test_a_thousand_random_episodes_end_inside_the_budget(name: str) -> None:
     """Plain, residual, depthwise, concat, and many groups; with the paper's bound and with ours."""

@@ -151,6 +151,7 @@ def test_energy_is_absolute_or_relative() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_unreachable_budget_ends_with_the_smallest_measured(folder: Path) -> None:
     result = measured_search(folder, budget="latency_1us")
     assert not result.met

@@ -38,6 +38,8 @@ class TestNetAdapt(StrategyContract):
         return NetAdapt(space, budgets, costs, seed=seed, start="dense")
 
 
+@pytest.mark.slow
+@pytest.mark.long
 class TestNetAdaptByRatio(StrategyContract):
     def make(
         self, space: PruningSpace, budgets: Sequence[Budget], costs: Mapping[str, CostModel], *, seed: int

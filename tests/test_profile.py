@@ -150,6 +150,7 @@ class Narrow(nn.Module):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_networks_that_fail_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
     model = Narrow()
     space = trace(nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 3)), INPUTS)

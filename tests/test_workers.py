@@ -188,6 +188,7 @@ def test_what_hangs_raises_or_runs_out_of_memory_fails_with_its_reason() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_limit_that_only_single_candidates_keep_ends_scoring_together(caplog: pytest.LogCaptureFixture) -> None:
     made, batch = trapped()
     made.dense_model.__dict__["traps"] = dict.fromkeys(range(1000), "idles")  # each alone for one second or two

@@ -44,8 +44,12 @@ def contract(name: str) -> type[StrategyContract]:
     return type(f"Test{name.title()}", (StrategyContract,), {"make": make, "baseline": name in BASELINES})
 
 
+VARIANTS = {"amc_paper"}  # the same strategy with other settings: in full among the long tests
 for _name in components.names("strategy"):
-    globals()[f"Test{_name.title()}"] = contract(_name)
+    _contract = contract(_name)
+    globals()[f"Test{_name.title()}"] = (
+        pytest.mark.slow(pytest.mark.long(_contract)) if _name in VARIANTS else _contract
+    )
 
 
 @pytest.mark.parametrize(
