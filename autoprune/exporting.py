@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -42,6 +42,7 @@ SIZES = (1, 7)  # batches that a file of any batch is run at, besides the exampl
 OLDEST, NEWEST = 11, 23  # opsets that the exporters take
 Run = Callable[[tuple[Tensor, ...]], list[Tensor]]  # a network: from positional inputs to the tensors of its output
 Shapes = Mapping[str, tuple[int | str, ...]]
+Written = tuple[Run, str, int | None, Collection[str]]  # how to run a file, in what, its opset, the inputs it takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,9 @@ class Exported:
     batch: "dynamic" where the file takes any, "fixed" where only the example's; note: why it is fixed though a dynamic
     one was asked for. differences: of each batch size that was run, the largest absolute difference of any output;
     relative: the largest by the largest value of its output, at most TOLERANCE. opset: of onnx. precision: the types of
-    the network's floating parameters. inputs, outputs: shapes by name, "batch" standing for any size. macs: of one
-    example, None where it is not taken alone. runtime: what the file was run in.
+    the network's floating parameters. inputs, outputs: shapes by name, "batch" standing for any size; of the inputs
+    those that the file takes, which ONNX has none of that nothing reads. macs: of one example, None where it is not
+    taken alone. runtime: what the file was run in.
     """
 
     path: Path
@@ -123,7 +125,7 @@ def export(
         try:
             with seeded(0), _replacing(path) as temporary:
                 found = _made(subject, temporary, replace(plan, batch=kind), exporter)
-            return replace(found, path=path, note=str(problems.get("dynamic", "")))
+            return replace(found, path=path, note="" if kind == "dynamic" else str(problems.get("dynamic", "")))
         except (MismatchError, wire.NotExportedError) as error:
             if not isinstance(problems.get(kind), MismatchError):
                 problems[kind] = error
@@ -225,8 +227,12 @@ def _made(subject: _Subject, path: Path, plan: Plan, exporter: str) -> Exported:
         MismatchError: it computes something else.
         NotExportedError: the exporter cannot, or the network or the file does not run at these batch sizes.
     """
-    here = len(subject.inputs[0])
-    examples = {n: subject.examples(n) for n in sorted({here, *SIZES} if plan.batch == "dynamic" else {here})}
+    here, lengths = len(subject.inputs[0]), {len(x) for x in subject.inputs}
+    if plan.batch == "dynamic" and len(lengths) > 1:
+        said = " and ".join(map(str, sorted(lengths)))
+        raise wire.NotExportedError(f"the first dimensions of its inputs are {said}, not those of one batch")
+    sizes = sorted({here, *SIZES}) if plan.batch == "dynamic" else []
+    examples = {n: subject.examples(n) for n in sizes} or {here: subject.inputs}
     others = "at another batch than the example's" if plan.batch == "dynamic" else "on its example"
     with _telling(f"the network does not run {others}"):
         answers = {n: subject.run(subject.model, given) for n, given in examples.items()}
@@ -238,7 +244,7 @@ def _made(subject: _Subject, path: Path, plan: Plan, exporter: str) -> Exported:
     written = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
     plan = replace(plan, metadata={"autoprune": autoprune.__version__, **plan.metadata, **written})
     write = {"onnx": _onnx, "torch": _torch, "safetensors": _safetensors}[plan.format]
-    run, runtime, opset = write(subject, path, plan, exporter, names)
+    run, runtime, opset, taken = write(subject, path, plan, exporter, names)
     with _telling(f"{runtime.partition(' ')[0]} does not run the file"):
         gaps = {n: _gap(run(given), wanted[n]) for n, given in examples.items()}
     relative, most = max(relative for _, relative in gaps.values()), TOLERANCE[plan.format]
@@ -258,7 +264,7 @@ def _made(subject: _Subject, path: Path, plan: Plan, exporter: str) -> Exported:
         opset=opset,
         bytes=path.stat().st_size,
         runtime=runtime,
-        **facts,
+        **(facts | {"inputs": {name: shape for name, shape in facts["inputs"].items() if name in taken}}),
     )
 
 
@@ -273,9 +279,7 @@ def _facts(subject: _Subject) -> dict[str, Any]:
     return {"precision": ", ".join(sorted(kinds)), "macs": macs, "params": params}
 
 
-def _onnx(
-    subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]
-) -> tuple[Run, str, int | None]:
+def _onnx(subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]) -> Written:
     try:
         wire.check_onnx()
         runtime = OnnxRuntime("CPUExecutionProvider", torch.get_num_threads(), "f32")
@@ -291,17 +295,38 @@ def _onnx(
         opset=plan.opset,
         batch="batch" if plan.batch == "dynamic" else None,
     )
-    content, opset = wire.stamped(content, plan.metadata)
+    taken = wire.inputs_of(content)
+    _check_unread(subject, [name for name in subject.names if name not in taken])
+    shapes = {name: shape for name, shape in json.loads(plan.metadata["inputs"]).items() if name in taken}
+    content, opset = wire.stamped(content, {**plan.metadata, "inputs": json.dumps(shapes)})
     path.write_bytes(content)
     with _telling("onnxruntime does not load the file"):
         session, _ = runtime.load({"onnx": str(path), "inputs": {}})
-    taken = {entry.name for entry in session.get_inputs()}  # a graph has no inputs that it does not read
 
     def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
         given = {name: x.numpy() for name, x in zip(subject.names, inputs, strict=True) if name in taken}
         return [torch.from_numpy(y) for y in session.run(None, given)]
 
-    return run, str(runtime.facts()["runtime"]), opset
+    return run, str(runtime.facts()["runtime"]), opset, taken
+
+
+def _check_unread(subject: _Subject, unread: Sequence[str]) -> None:
+    """Raises MismatchError where the network heeds an input that a file has lost, as one does whose code looks whether
+    a mask is all ones: on the example alone the file would be right."""
+    if not unread:
+        return
+    changed = [
+        (x == 0).to(x.dtype) if name in unread else x for name, x in zip(subject.names, subject.inputs, strict=True)
+    ]
+    try:
+        before, after = (_tensors(subject.run(subject.model, given)) for given in (subject.inputs, tuple(changed)))
+    except Exception:  # noqa: BLE001, the network need not take such values
+        return
+    if _gap(after, before)[1] > TOLERANCE["onnx"]:
+        raise MismatchError(
+            f"the onnx file does not read {', '.join(unread)}, by which the network's output changes: its code decides "
+            "by the example's values; it was not kept"
+        )
 
 
 class _Flat(nn.Module):
@@ -316,9 +341,7 @@ class _Flat(nn.Module):
         return tuple(_tensors(self.network(**named) if named else self.network(*values)))
 
 
-def _torch(
-    subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]
-) -> tuple[Run, str, int | None]:
+def _torch(subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]) -> Written:
     model, examples = subject.unmasked(), subject.examples(2) if plan.batch == "dynamic" else subject.inputs
     named = dict(zip(subject.keywords, examples, strict=True)) if subject.keywords else {}
     each: Any = [{0: torch.export.Dim("batch")} for _ in examples] if plan.batch == "dynamic" else None
@@ -329,12 +352,10 @@ def _torch(
             torch.export.save(program, file, extra_files={"autoprune.json": json.dumps(plan.metadata)})
         with path.open("rb") as file:
             again = torch.export.load(file).module()
-    return lambda inputs: _tensors(subject.run(again, inputs)), f"torch {torch.__version__}", None
+    return lambda inputs: _tensors(subject.run(again, inputs)), f"torch {torch.__version__}", None, subject.names
 
 
-def _safetensors(
-    subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]
-) -> tuple[Run, str, int | None]:
+def _safetensors(subject: _Subject, path: Path, plan: Plan, exporter: str, outputs: Sequence[str]) -> Written:
     safetensors.torch.save_model(subject.model, str(path), metadata={"format": "pt", **plan.metadata})
     if plan.reload:
         again = plan.reload(path).eval()
@@ -344,7 +365,7 @@ def _safetensors(
             for tensor in again.state_dict().values():
                 tensor.zero_()
         safetensors.torch.load_model(again, str(path))
-    return lambda inputs: _tensors(subject.run(again, inputs)), f"torch {torch.__version__}", None
+    return lambda inputs: _tensors(subject.run(again, inputs)), f"torch {torch.__version__}", None, subject.names
 
 
 @contextmanager

@@ -165,6 +165,62 @@ def test_a_network_of_one_batch_alone_is_exported_with_it_and_the_reason(format:
     assert made.inputs == {"input": (2, 3, 16, 16)}
 
 
+class Unread(nn.Linear):
+    """Takes a mask, and heeds it or not."""
+
+    def __init__(self, *, heeds: bool) -> None:
+        super().__init__(4, 3)
+        self.heeds = heeds
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * mask if self.heeds and not bool(mask.all()) else x)
+
+
+def test_an_input_that_the_file_lost_is_not_said_to_be_taken(tmp_path: Path) -> None:
+    inputs, path = {"x": torch.randn(2, 4), "mask": torch.ones(2, 4)}, tmp_path / "x.onnx"
+    made = autoprune.export(Unread(heeds=False), inputs, path)
+    file = onnx.load(path)
+    assert [entry.name for entry in file.graph.input] == list(made.inputs) == ["x"]
+    said = {entry.key: entry.value for entry in file.metadata_props}
+    assert json.loads(said["inputs"]) == {"x": ["batch", 4]}
+    path.unlink()
+    with pytest.raises(MismatchError, match="does not read mask, by which the network's output changes"):
+        autoprune.export(Unread(heeds=True), inputs, path)
+    assert not path.exists()
+
+
+class Attending(nn.MultiheadAttention):
+    """Examples [N, 5, 8] beside one mask [5, 5] for all."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, attn_mask=mask)[0]
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch", "safetensors"])
+def test_an_input_that_is_no_batch_is_kept_as_it_is_and_the_batch_fixed(format: str, tmp_path: Path) -> None:
+    inputs = torch.randn(2, 5, 8), torch.zeros(5, 5)
+    path = tmp_path / f"x{exporting.SUFFIXES[format]}"
+    made = autoprune.export(Attending(8, 2, batch_first=True).eval(), inputs, path, format=format)
+    assert (made.batch, set(made.differences)) == ("fixed", {2})
+    assert made.note == "the first dimensions of its inputs are 2 and 5, not those of one batch"
+    assert made.inputs == {"input_0": (2, 5, 8), "input_1": (5, 5)}
+
+
+def test_nothing_is_said_of_an_exporter_that_another_stood_in_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = wire.onnx_of
+
+    def capturing(*given: Any, **named: Any) -> bytes:
+        if named["exporter"] == "tracing":
+            raise wire.NotExportedError("not traced")
+        return right(*given, **named)
+
+    monkeypatch.setattr(wire, "onnx_of", capturing)
+    made = autoprune.export(nn.Linear(4, 3), (torch.randn(2, 4),), tmp_path / "x.onnx")
+    assert (made.batch, made.note) == ("dynamic", "")
+
+
 def test_a_file_that_computes_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, right = tmp_path / "x.onnx", wire.onnx_of
     path.write_text("what was there")

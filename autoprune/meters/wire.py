@@ -128,6 +128,13 @@ def check_onnx() -> None:
         raise InputError(f"{error.name} is not installed: pip install 'autoprune[onnx]'") from error
 
 
+def inputs_of(content: bytes) -> list[str]:
+    """The names of what an ONNX model takes."""
+    import onnx
+
+    return [entry.name for entry in onnx.load_from_string(content).graph.input]
+
+
 def stamped(content: bytes, properties: Mapping[str, str]) -> tuple[bytes, int]:
     """An ONNX model with these metadata, and its opset."""
     import onnx
