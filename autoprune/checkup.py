@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from autoprune import criteria
 from autoprune.borrowing import arguments, evaluating, fingerprint, seeded
@@ -26,12 +27,12 @@ from autoprune.meters.device import Device
 from autoprune.meters.wire import packed
 from autoprune.prune import choose_units, ranking
 from autoprune.reading import MOST, Reading, read
-from autoprune.recover import FineTune, finetune, recalibrate
+from autoprune.recover import FineTune, finetune, norms_of, recalibrate
 from autoprune.scores import Sample, Scored, interval, score, subset
 from autoprune.traced import TracedModel
 
 AREA = "task"
-STEPS, LOOKED = 8, 4  # of a trial training, and batches that its loss is read off
+STEPS, LOOKED = 8, 4  # of a trial training, and batches that a loss or what is known is read off
 TRAINED = 2000  # examples of the training split that are kept for it
 COARSE = 0.01  # of the score: a difference that a search should see
 WORSE = 1.5  # times its loss, after which a trial training is said to have hurt
@@ -39,7 +40,8 @@ WORSE = 1.5  # times its loss, after which a trial training is said to have hurt
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """images: of the search split, that a search is to score on. seconds: at most, for each thing that is tried."""
+    """images: of the search split, that a search is to score on. seconds: at most, for each thing that is tried; one
+    batch of each is tried in any case."""
 
     images: int = 1000
     seconds: float = 60.0
@@ -67,7 +69,7 @@ def check_up(
     own = copy.deepcopy(task.model).cpu().eval()
     found += guarded(AREA, "repeats", lambda: _repeats(task, own, splits["search"]))
     found += guarded(AREA, "score", lambda: _score(task, own, traced, splits, plan))
-    found += guarded(AREA, "trained", lambda: _trained(own, splits["search"]))
+    found += guarded(AREA, "trained", lambda: _trained(own, splits["search"], plan))
     if "train" in splits:
         given = splits["train"].batches
         found += guarded(AREA, "learns", lambda: _learns("learns", "the network", task, own, given, plan))
@@ -102,8 +104,9 @@ def _split(task: Task, name: str, plan: Plan, splits: dict[str, Reading]) -> Ite
     last = f", the last of {split.sizes[-1]}" if split.sizes[-1] != sizes[-1] else ""
     of = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
     detail = f"{split.count:,} examples{read_} in batches of {of}{last}"
-    if name == "train" and split.sizes[-1] == 1:
-        way_out = "give DataLoader(drop_last=True): batch normalisation cannot learn from one example"
+    if name == "train" and split.sizes[-1] == 1 and norms_of(task.model):
+        give = "larger batches" if sizes == [1] else "DataLoader(drop_last=True)"
+        way_out = f"give {give}: batch normalisation cannot learn from one example"
         yield _found(name, detail, "warning", way_out)
     elif not split.repeats:
         way_out = (
@@ -132,12 +135,14 @@ def _apart(task: Task, splits: dict[str, Reading]) -> Iterator[Finding]:
     ):
         if name not in splits:
             continue
-        shared = len(own & splits[name].examples)
+        shared, seen = len(own & splits[name].examples), len(splits[name].examples)
         if shared or getattr(task, name) is task.search:
             detail = f"{shared} of {len(own)} images of search are in {name} too"
             yield _found(f"apart from {name}", detail, "warning", way_out)
+        elif splits[name].drawn or splits["search"].drawn:
+            detail = f"whether an image of search is in {name} too cannot be told of what is drawn at each reading"
+            yield _found(f"apart from {name}", detail)
         else:
-            seen = len(splits[name].examples)
             yield _found(f"apart from {name}", f"none of {len(own)} images of search is among {seen:,} of {name}")
 
 
@@ -148,7 +153,8 @@ def _repeats(task: Task, model: nn.Module, split: Reading) -> Iterator[Finding]:
         outputs = []
         for seed in (0, 1):
             with seeded(seed):
-                outputs.append(fingerprint(model(*(x.clone() for x in given))))
+                output = tree_leaves(model(*(x.clone() for x in given)))
+                outputs.append(fingerprint([leaf for leaf in output if isinstance(leaf, Tensor)]))
     if outputs[0] == outputs[1]:
         yield _found("repeats", "the network gives the same output twice in evaluation mode")
     else:
@@ -164,29 +170,35 @@ def _score(
     with seeded(plan.seed):
         chunks = subset(split.batches, plan.images, plan.seed)
     began = time.perf_counter()
-    with seeded(plan.seed):
-        score(model, Sample.of(chunks[:1]), task)
+    with torch.inference_mode(), seeded(plan.seed):  # no score yet: it may need more images
+        model(*arguments(chunks[0][0]))
     each = time.perf_counter() - began
     sample = Sample.of(chunks[: max(2, min(len(chunks), int(plan.seconds / (4 * each + 1e-9))))])
     images, asked = int(sum(sample.weights)), plan.images
     dense, again = (_seeded_score(model, sample, task, seed) for seed in (plan.seed, plan.seed + 1))
     half = interval(dense.scores)[1] if len(dense.scores) > 1 else math.inf
     metric = type(task.metric).__name__
-    detail = f"{metric} {dense.score:.4g} ± {_points(half, dense)} on {images} images of search"
-    if dense.scores != again.scores:
+    give = f" ± {_points(half, dense)}" if math.isfinite(half) else ""
+    detail = f"{metric} {dense.score:.4g}{give} on {images} images of search"
+    if not np.array_equal(dense.scores, again.scores, equal_nan=True):
         yield _found("score", f"{detail}; another one the second time", "warning", "see repeats: what draws in it?")
     elif split.count < asked and split.whole:
         way_out = f"hold out more, or give evaluator.images={split.count}"
         yield _found("score", f"{detail}; {asked} were asked for, and there are no more", "warning", way_out)
     else:
-        yield _found("score", f"{detail} (95 %), the same twice")
+        yield _found("score", f"{detail}{' (95 %)' * bool(give)}, the same twice")
     if traced is not None and traced.space.groups and len(dense.scores) > 1:
-        heal = splits["train"].batches[:2] if "train" in splits else ()
-        yield _noise(task, model, traced, sample, dense, heal, plan)
+        yield _noise(task, model, traced, sample, dense, splits, plan)
 
 
 def _noise(
-    task: Task, model: nn.Module, traced: TracedModel, sample: Sample, dense: Scored, heal: Sequence[Any], plan: Plan
+    task: Task,
+    model: nn.Module,
+    traced: TracedModel,
+    sample: Sample,
+    dense: Scored,
+    splits: Mapping[str, Reading],
+    plan: Plan,
 ) -> Finding:
     """How wide the interval of a difference on the same images is: that of the dense network and of it with one group
     halved, the one of median MACs, as candidates differ where a search decides."""
@@ -195,15 +207,26 @@ def _noise(
     ratios = [_nearest(group.levels, 0.5) if i == chosen else 0.0 for i, group in enumerate(groups)]
     cut = _cut(task, model, traced, ratios, plan.seed)
     with seeded(plan.seed):
-        recalibrate(cut, heal)
+        recalibrate(cut, splits["train"].batches[:2] if "train" in splits else ())
     scores = _seeded_score(cut, sample, task, plan.seed).scores
     half = interval(np.subtract(scores, dense.scores))[1]
+    if not math.isfinite(half):
+        return _found(
+            "noise", f"cannot be told: {type(task.metric).__name__} is not defined on {images // len(scores)} images"
+        )
     what = f"{groups[chosen].name} at {1 - ratios[chosen]:.0%} beside the dense network"
     detail = f"with {images} images a difference below {_points(half, dense)} is noise (95 %; of {what})"
     if half <= COARSE * abs(dense.score):
         return _found("noise", detail)
-    needed = math.ceil(images * (half / (COARSE * abs(dense.score) + 1e-12)) ** 2 / 100) * 100
-    return _found("noise", detail, "warning", f"evaluator.images={min(needed, MOST)} would tell 1 % of the score apart")
+    factor, split = (half / (COARSE * abs(dense.score) + 1e-12)) ** 2, splits["search"]
+    needed = math.ceil(min(images * factor, MOST) / 100) * 100
+    if needed >= MOST:
+        way_out = f"more than {MOST:,} images would be needed to tell 1 % of the score apart"
+    elif split.whole and needed > split.count:
+        way_out = f"{needed:,} images would tell 1 % of the score apart: hold out more, search has {split.count:,}"
+    else:
+        way_out = f"evaluator.images={needed} would tell 1 % of the score apart"
+    return _found("noise", detail, "warning", way_out)
 
 
 def _points(difference: float, dense: Scored) -> str:
@@ -216,13 +239,15 @@ def _seeded_score(model: nn.Module, sample: Sample, task: Task, seed: int) -> Sc
         return score(model, sample, task)
 
 
-def _trained(model: nn.Module, split: Reading) -> Iterator[Finding]:
+def _trained(model: nn.Module, split: Reading, plan: Plan) -> Iterator[Finding]:
     """Whether a classifier knows more than which class is the commonest."""
-    outputs, targets = [], []
+    outputs, targets, end = [], [], time.monotonic() + plan.seconds / 4
     with torch.no_grad(), seeded(0):
-        for inputs, target in split.batches[:4]:
+        for inputs, target in split.batches[:LOOKED]:
             outputs.append(model(*arguments(inputs)))
             targets.append(target)
+            if time.monotonic() > end:
+                break
     if not all(_classifies(o, t) for o, t in zip(outputs, targets, strict=True)):
         yield _found("trained", "whether the network is trained cannot be told of what it gives")
         return
@@ -253,7 +278,8 @@ def _learns(
 ) -> Iterator[Finding]:
     """A few steps of training of a copy of `model`, at a fine-tune's learning rate."""
     tried, given = copy.deepcopy(model), list(batches[:STEPS])
-    before, done, end = _loss(task, tried, given[:LOOKED]), 0, time.monotonic() + plan.seconds / 4
+    losses, done = _losses(task, tried, given[:LOOKED], plan.seconds / 4), 0
+    looked, before, end = given[: len(losses)], float(np.mean(losses)), time.monotonic() + plan.seconds / 4
     weights = {name: p.detach().clone() for name, p in tried.named_parameters()}
 
     def step(number: int, total: int) -> None:
@@ -271,7 +297,7 @@ def _learns(
     except FloatingPointError as error:
         yield _found(what, f"{which}: {error}", "failed", f"lower Task.lr, now {task.lr:g}")
         return
-    after = _loss(task, tried.eval(), given[:LOOKED])
+    after = float(np.mean(_losses(task, tried.eval(), looked, math.inf)))
     detail = f"{which}: loss {before:.4g} -> {after:.4g} in {done} steps at a tenth of lr={task.lr:g}"
     if not math.isfinite(after) or not all(bool(torch.isfinite(t).all()) for t in tried.state_dict().values()):
         yield _found(what, f"{detail}; weights are no longer finite", "failed", f"lower Task.lr, now {task.lr:g}")
@@ -307,9 +333,15 @@ def _nearest(levels: Sequence[float], ratio: float) -> float:
     return min(levels, key=lambda level: abs(level - ratio))
 
 
-def _loss(task: Task, model: nn.Module, batches: Sequence[Any]) -> float:
+def _losses(task: Task, model: nn.Module, batches: Sequence[Any], seconds: float) -> list[float]:
+    """Of each batch, as far as the time goes; of the first in any case."""
+    found, end = list[float](), time.monotonic() + seconds
     with torch.no_grad(), evaluating(model), seeded(0):
-        return float(np.mean([float(task.loss(model(*arguments(inputs)), target)) for inputs, target in batches]))
+        for inputs, target in batches:
+            found.append(float(task.loss(model(*arguments(inputs)), target)))
+            if time.monotonic() > end:
+                break
+    return found
 
 
 def _exports(task: Task, device: Device) -> Iterator[Finding]:

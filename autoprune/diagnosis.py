@@ -100,7 +100,8 @@ def examine(
     began = time.perf_counter()
     progress.stage("looking at the device", None)
     there, target = surroundings.device(lambda: device_of(device))
-    found = surroundings.environment(output, threads=target.threads if target else 1) + there + stock(storage)
+    threads = 1 if target is None or target.host else target.threads
+    found = surroundings.environment(output, threads=threads) + there + stock(storage)
     progress.stage("making the task", None)
     tasks: list[Task] = []
     found += guarded(TASK, "task", lambda: _made(make, tasks))

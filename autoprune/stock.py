@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from urllib.parse import quote
 import sqlalchemy
 
 from autoprune.findings import Finding, Status, guarded
-from autoprune.storage import LIBPQ, SQLITE, shown
+from autoprune.storage import libpq, shown
 from autoprune.writing import nearest
 
 AREA = "storage"
@@ -27,11 +28,11 @@ def stock(storage: str | None) -> list[Finding]:
 
 
 def _look(storage: str | None) -> Iterator[Finding]:
-    if storage is None or ":memory:" in storage:
+    if storage is None or ":memory:" in storage or re.fullmatch(r"sqlite(\+\w+)?:/{0,3}", storage):
         way_out = "study.storage=sqlite:///outputs/studies.db, to go on after an interruption"
         yield _found("storage", "in memory: gone when the search ends", "warning", way_out)
-    elif storage.startswith(SQLITE):
-        path = Path(storage.removeprefix(SQLITE))
+    elif file := re.match(r"sqlite(\+\w+)?:///", storage):
+        path = Path(storage.removeprefix(file.group()))
         yield _sqlite(path)
         yield _locks(nearest(path))
     else:
@@ -71,8 +72,8 @@ def _locks(place: Path) -> Finding:
     kind = _filesystem(place)
     if kind.startswith(SHARED):
         way_out = "its locks may not hold: a disk of this machine, or PostgreSQL where several machines write"
-        return _found("locks", f"{place} is shared ({kind})", "warning", way_out)
-    return _found("locks", f"{place} is a disk of this machine ({kind or 'unknown'})")
+        return _found("locks", f"{place} is on a shared disk ({kind})", "warning", way_out)
+    return _found("locks", f"{place} is on a disk of this machine ({kind or 'unknown'})")
 
 
 def _filesystem(place: Path) -> str:
@@ -87,8 +88,8 @@ def _filesystem(place: Path) -> str:
 
 
 def _database(storage: str) -> Finding:
-    settings = dict(LIBPQ) if storage.startswith("postgresql") else {}
     try:
+        settings = libpq(storage) if storage.startswith("postgresql") else {}
         engine = sqlalchemy.create_engine(storage, connect_args=settings)
         with engine.connect() as connection:
             known = set(sqlalchemy.inspect(connection).get_table_names())

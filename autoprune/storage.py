@@ -112,7 +112,7 @@ def open_storage(storage: str | None) -> optuna.storages.BaseStorage:
         _begin(storage)
         settings = {"connect_args": {"timeout": LOCKED_S}}
     elif storage.startswith("postgresql"):
-        settings["connect_args"] = _libpq(storage)
+        settings["connect_args"] = libpq(storage)
     opened = _made(storage, settings, told=storage)
     sqlalchemy.event.listen(opened.engine, "handle_error", lambda context: _told_apart(storage, context))
     if storage.startswith(SQLITE):
@@ -130,7 +130,7 @@ def open_to_read(storage: str) -> optuna.storages.BaseStorage:
             raise InputError(f"study.storage={shown(storage)} cannot be used: there is no file {path}")
         settings["creator"] = partial(_only_read, path)
     elif storage.startswith("postgresql"):
-        settings["connect_args"] = _libpq(storage)
+        settings["connect_args"] = libpq(storage)
     return optuna.storages.RDBStorage(storage, settings, skip_compatibility_check=True, skip_table_creation=True)
 
 
@@ -260,7 +260,7 @@ def _write_ahead(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute("PRAGMA synchronous=FULL")  # a trial that was recorded outlives the machine
 
 
-def _libpq(storage: str) -> dict[str, int]:
+def libpq(storage: str) -> dict[str, int]:
     """LIBPQ, but for what the URL itself says."""
     given = sqlalchemy.make_url(storage).query
     return {key: value for key, value in LIBPQ.items() if key not in given}

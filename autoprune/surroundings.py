@@ -37,7 +37,7 @@ RUNTIMES = {  # package: (module, what brings it, what it is for)
 
 
 def environment(output: Path, *, threads: int) -> list[Finding]:
-    """Of this machine. output: where runs are to go. threads: of the CPU that networks are measured on."""
+    """Of this machine. output: where runs are to go. threads: of its CPU that a search takes."""
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "python": _python,
         "torch": _torch,
@@ -118,7 +118,14 @@ def _runtimes() -> Iterator[Finding]:
         if importlib.util.find_spec(module) is None:
             yield _found(package, "not installed", way_out=f"for {purpose}: pip install 'autoprune[{extra}]'")
         else:
-            yield _found(package, importlib.metadata.version(package))
+            yield _found(package, _version(package))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # onnxruntime-gpu and others bring the same module
+        return "installed by a package of another name"
 
 
 def device(made: Callable[[], Device]) -> tuple[list[Finding], Device | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib.metadata
 import json
 import os
 import random
@@ -134,6 +135,14 @@ WRONG: dict[str, tuple[Any, str, str, str]] = {
     "shuffled search": (lambda: {"search": Shuffled(images(400, 2))}, "search", "warning", "shuffle=False"),
     "own generator": (lambda: {"train": Shuffled(images(400, 1), own=True)}, "train", "warning", "not the same twice"),
     "one left over": (lambda: {"train": images(401, 1)}, "train", "warning", "drop_last=True"),
+    "one by one": (lambda: {"train": images(40, 1, 1)}, "train", "warning", "give larger batches"),
+    "noise": (lambda: {"model": copy.deepcopy(trained())}, "noise", "warning", "hold out more, search has 400"),
+    "a mask for all": (
+        lambda: {name: [((x, torch.ones(1)), y) for x, y in images(80, 1)] for name in ("train", "search", "test")},
+        "search",
+        "failed",
+        "hold 1 and 40 examples",
+    ),
     "sizes": (lambda: {"search": images(40, 2) + images(60, 4, 30)}, "search", "warning", "batches of several sizes"),
     "learnt by heart": (
         lambda: {"train": images(400, 2) + images(400, 1)},
@@ -166,6 +175,91 @@ def test_what_is_wrong_is_named_with_its_way_out(case: str) -> None:
     assert found.status == status, found
     assert says in f"{found.detail} {found.way_out}"
     assert found.way_out or "apart" not in what
+
+
+class Cache:
+    """No tensor, and each prints otherwise."""
+
+
+class Caching(Net):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x), "cache": Cache()}
+
+
+class OfLogits(MulticlassAccuracy):
+    def update(self, output: Any, target: Tensor) -> None:
+        super().update(output["logits"], target)
+
+
+class OnMany(MulticlassAccuracy):
+    """Accuracy, and no number on few images."""
+
+    def compute(self) -> Tensor:
+        found: list[Any] = [self.tp, self.fn]
+        return super().compute() if sum(int(part.sum()) for part in found) > 100 else torch.tensor(torch.nan)
+
+
+class Noisy:
+    """The same images, with noise that is drawn anew."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((x + 0.01 * torch.randn_like(x), y) for x, y in self.batches)
+
+
+def logits_loss(output: Any, target: Tensor) -> Tensor:
+    return F.cross_entropy(output["logits"], target)
+
+
+def test_what_is_sound_though_uncommon_is_not_found_wrong() -> None:
+    model = Caching()
+    model.load_state_dict(trained().state_dict())
+    own = task(model=model, loss=logits_loss, metric=OfLogits(CLASSES, average="micro"))
+    assert checked(own)["repeats"].status == "ok"
+
+    found = checked(task(metric=OnMany(CLASSES, average="micro"), search=images(400, 2, 200)))
+    assert (found["score"].status, found["noise"].status) == ("ok", "ok")
+    assert "not defined on 20 images" in found["noise"].detail
+
+    with seeded(0):
+        plain = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, CLASSES)).bfloat16()
+    splits = {name: [(x.bfloat16(), y) for x, y in images(81, seed)] for seed, name in enumerate(("train", "search"))}
+    halved = checked(task(model=plain, inputs=(splits["search"][0][0][:1],), **splits), images=81)
+    assert halved["train"].status == "ok", "one example is left over, but no normalisation learns from it"
+    assert halved["apart from train"].detail == "none of 81 images of search is among 81 of train"
+
+
+def test_that_augmented_splits_are_apart_is_not_claimed() -> None:
+    assert "cannot be told" in checked(task(train=Noisy(images(400, 2))))["apart from train"].detail
+    assert "400 of 400" in checked(task(train=Shuffled(images(400, 2))))["apart from train"].detail
+
+
+def test_no_more_images_are_asked_for_than_there_are() -> None:
+    few, more = (checked(task(search=images(4000, 2)), images=count)["noise"].way_out for count in (1000, 400))
+    assert not few or few.startswith("evaluator.images=")
+    asked = int(more.partition("=")[2].partition(" ")[0])
+    assert 400 < asked <= 4000
+
+
+class Slow(Net):
+    passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Slow.passes += 1
+        return super().forward(x)
+
+
+def test_of_a_large_network_one_batch_is_tried_where_the_time_is_up() -> None:
+    model = Slow()
+    model.load_state_dict(trained().state_dict())
+    found = checked(task(model=model, search=images(400, 2)), images=400, seconds=1e-6)
+    assert " in 1 steps at a tenth" in found["learns"].detail
+    assert "% of 40 images right" in found["trained"].detail
+    hurried, Slow.passes = Slow.passes, 0
+    checked(task(model=model), images=400)
+    assert hurried < Slow.passes / 2
 
 
 def test_noise_is_the_interval_of_the_paired_difference() -> None:
@@ -233,6 +327,14 @@ def test_a_model_of_which_nothing_can_be_pruned_is_a_failed_finding() -> None:
 
 
 @pytest.mark.usefixtures("near")
+def test_the_threads_of_a_board_are_not_sought_here() -> None:
+    board = {"runtime": "onnxruntime", "place": "CPUExecutionProvider", "threads": 4096}
+    for host, said in (("user@board", False), ("", True)):
+        found = examine(lambda: task(model=nn.Linear(2, 2)), device=Device(name="board", host=host, **board))  # type: ignore
+        assert any("device.threads=4096 is more" in finding.way_out for finding in found.findings) == said
+
+
+@pytest.mark.usefixtures("near")
 def test_the_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     def found() -> dict[str, Finding]:
         return {finding.what: finding for finding in surroundings.environment(Path("a/b"), threads=1)}
@@ -247,6 +349,8 @@ def test_the_machine_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10**9, 10**9, 10**6))
     assert found()["output"].status == "warning"
+    monkeypatch.setattr("importlib.metadata.version", lambda name: importlib.metadata.Distribution.from_name("absent"))
+    assert found()["onnxruntime"].detail == "installed by a package of another name"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert found()["zeus"].way_out == "for measured energy: pip install 'autoprune[energy]'"
     Path("a").touch()
@@ -288,6 +392,10 @@ def test_a_storage_is_looked_at_and_not_made() -> None:
     found = stock("sqlite:///mine.db")
     assert found[0].status == "ok"
     assert "mine.db: 1 studies, 3 trials" in found[0].detail
+    assert sorted(os.listdir()) == there
+
+    assert stock("sqlite+pysqlite:///other.db")[0].detail == "other.db is not there yet: the first search makes it"
+    assert "in memory" in stock("sqlite://")[0].detail
     assert sorted(os.listdir()) == there
 
     Path("text.db").write_text("this is no database, and was never one" * 100)
