@@ -15,10 +15,12 @@ import yaml
 from autoprune.components import CONF, names
 from autoprune.core import BUDGET_WORDS
 from autoprune.manual import PAGES
+from autoprune.telling import JSON, QUIET
 
 SHELLS = ("bash", "zsh", "fish")
+FLAGS = (QUIET[1], JSON)
 RUNS = "RUN_DIR"  # how the page of a command that takes a run's folder begins
-FILES = ("weights", "ratios", "task.data", "task.checkpoint")  # keys whose value is a path
+FILES = ("weights", "ratios", "output", "task.data", "task.checkpoint")  # keys whose value is a path
 
 
 def script(shell: str, commands: Iterable[str]) -> str:
@@ -55,7 +57,7 @@ def _offers(command: str) -> Iterator[str]:
         else:
             yield key
     if not takes.startswith(RUNS):
-        yield "--help"
+        yield from ("--help", *(() if "|" in takes else FLAGS))
 
 
 def _keys(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -109,7 +111,7 @@ _autoprune() {
     COMPREPLY+=("${offer#"$kept"}")
   done < <(_autoprune_offers "$command" "$begun"; _autoprune_runs "$command" "$begun")
   case "$begun" in %(files)s) compopt -o default 2>/dev/null ;; esac
-  case "$command" in %(runs)s) compopt -o default 2>/dev/null ;; esac
+  case "$command" in %(runs)s) [[ "$begun" == *=* ]] || compopt -o default 2>/dev/null ;; esac
   [[ ${#COMPREPLY[@]} == 1 && "${COMPREPLY[0]}" == *[=._/] ]] && compopt -o nospace 2>/dev/null
   return 0
 }
@@ -128,7 +130,7 @@ _autoprune() {
   (( ${#open} )) && compadd -S '' -a open
   (( ${#closed} )) && compadd -a closed
   case "$begun" in %(files)s) compset -P '*='; _files ;; esac
-  case "$command" in %(runs)s) (( ${#open} )) || _files -/ ;; esac
+  case "$command" in %(runs)s) [[ "$begun" == *=* ]] || (( ${#open} )) || _files -/ ;; esac
 }
 
 (( ${+functions[compdef]} )) || { autoload -Uz compinit && compinit }

@@ -69,7 +69,9 @@ def complete(request: pytest.FixtureRequest) -> Callable[[str], list[str]]:
 def test_commands_keys_and_names_are_completed(complete: Callable[[str], list[str]]) -> None:
     assert set(complete("autoprune ")) == {*commands.COMMANDS, "--help"}
     assert complete("autoprune se") == ["search"]
-    assert {"budget=", "strategy=", "strategy.", "study.", "seed=", "--help"} <= set(complete("autoprune search "))
+    assert {"budget=", "strategy=", "strategy.", "study.", "seed=", "--help", "--json", "--quiet"} <= set(
+        complete("autoprune search ")
+    )
     assert not any("sweep" in offer for offer in complete("autoprune search "))
     for group in ("strategy", "criterion", "device", "space", "workers", "task"):
         assert set(complete(f"autoprune search seed=1 {group}=")) == set(components.names(group))
@@ -80,6 +82,7 @@ def test_commands_keys_and_names_are_completed(complete: Callable[[str], list[st
     assert complete("autoprune search strategy.evenn") == ["strategy.evenness="]  # of one strategy's own
     assert set(complete("autoprune completion ")) == {*SHELLS, "--help"}
     assert complete("autoprune profile budget=") == []
+    assert complete("autoprune search --j") == ["--json"]
 
 
 def test_folders_of_runs_and_files_are_completed(complete: Callable[[str], list[str]]) -> None:
@@ -89,6 +92,24 @@ def test_folders_of_runs_and_files_are_completed(complete: Callable[[str], list[
     assert {RUN, RUN.replace("12", "13")} <= set(complete("autoprune report "))
     assert complete(f"autoprune measure {RUN[:-4]}")[:1] == [RUN]
     assert RUN not in complete("autoprune search ")
+
+
+def test_bash_offers_files_where_a_path_is_due() -> None:
+    """`compopt -o default` is what does: it is called for a path, and for what follows a key only of a path's key."""
+    Path("completion.bash").write_text(written("bash"))
+    for line, due in {
+        "export outputs/any": True,
+        "export outputs/any format=": False,
+        "export outputs/any output=": True,
+        "search weights=": True,
+        "search strategy=": False,
+    }.items():
+        words = line.replace("=", " = ")
+        program = f"""source completion.bash; compopt() {{ [[ "$2" == default ]] && echo files; }}
+            COMP_LINE='autoprune {line}'; COMP_POINT=${{#COMP_LINE}}; COMP_WORDS=(autoprune {words} '')
+            COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 )); _autoprune"""
+        done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True, timeout=60)
+        assert ("files" in done.stdout) == due, line
 
 
 def test_the_script_is_printed_without_torch_and_a_wrong_shell_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
