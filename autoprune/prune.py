@@ -183,7 +183,8 @@ class RatioTable:
         return tuple(np.array(g.units, dtype=np.int64) for g in self.groups)
 
     def layer_ratios(self) -> dict[str, float]:
-        """Layer -> its ratio, which is what other tools are told; of one with units of several groups, of them all."""
+        """Layer -> its ratio, which is what other tools are told; of one with units of several groups, of them all.
+        Units that are in no group count nothing: a layer of which some stay whole loses a smaller share."""
         layers = {member: [g for g in self.groups if member in g.members] for g in self.groups for member in g.members}
         return {name: 1 - sum(len(g.units) for g in of) / sum(g.size for g in of) for name, of in layers.items()}
 
