@@ -28,7 +28,7 @@ GLYPHS, ASCII = ("█", "─", "┃", "…"), ("#", "-", "|", ".")
 
 
 class Board:
-    """The board of one search, empty until one has begun. stages: what is drawn beneath it. clock: in seconds.
+    """The board of a search, empty until one has begun. stages: what is drawn beneath it. clock: in seconds.
 
     It keeps a handful of trials and counts, whatever their number, and draws at most what the terminal holds.
     """
@@ -43,6 +43,10 @@ class Board:
         self._times: deque[float] = deque(maxlen=PACED)
 
     def begun(self, outset: Outset) -> None:
+        """A search begins, and nothing of the one before it counts: a comparison has several."""
+        self._best = self._last = None
+        self._done = self._failed = self._cached = self._known = 0
+        self._times.clear()
         self._outset, self._replaying = outset, True
 
     def staged(self) -> None:

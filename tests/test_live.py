@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,3 +183,15 @@ def test_quiet_shows_nothing() -> None:
         screen.stage("tracing", None)
         screen.say("a line")
     assert file.getvalue() == ""
+
+
+def test_of_several_searches_the_last_is_shown_alone() -> None:
+    made = board(trial(0, 0.85, 400.0, 0.75))
+    made.begun(replace(outset(), strategy="amc", asked=("flops_10pct",), budgets=(Budget("macs", 100.0, "MACs"),)))
+    shown = drawn(made)
+    assert "none on all images within the budgets yet" in shown
+    assert "trials: 0, 0 failed, 0 from the cache\n" in shown
+    assert "last:" not in shown
+    made.staged()
+    made.scored(trial(0, 0.6, 90.0))
+    assert "best so far: 60.00 % [59.00 %, 61.00 %], trial 0" in drawn(made)
