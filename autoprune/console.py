@@ -18,7 +18,7 @@ from rich.text import Text
 from autoprune.components import named
 from autoprune.core import Budget, Measurement, PruningSpace, amount_of
 from autoprune.meters.fitted import stair_levels, step_of
-from autoprune.page import amount, percent, points, score, score_change, with_interval
+from autoprune.page import amount, percent, score, score_change, with_interval
 from autoprune.regularizers import RANKED_BY
 from autoprune.search_figures import SMOOTHED, warm_up_mean
 from autoprune.telling import telling, write_json
@@ -106,13 +106,18 @@ def show_finetuned(tuned: FineTuned, folder: Path) -> None:
     costs = ", ".join(
         f"{name} {amount(tuned.dense[name].value)} -> {amount(m.value)} {m.unit}" for name, m in tuned.measured.items()
     )
+    before, after, gained = _compared(tuned.test_dense, tuned.test_recovered, tuned.sign)
     verdict = (
         costs,
-        f"{tuned.metric}: test {percent(tuned.test_dense)} dense, {percent(tuned.test_recovered)} pruned and "
-        f"fine-tuned ({points(tuned.test_recovered - tuned.test_dense)}) in {tuned.seconds:.0f} s",
+        f"{tuned.metric}: test {before} dense, {after} pruned and fine-tuned ({gained}) in {tuned.seconds:.0f} s",
     )
     files = f"files: {folder}/  (ratios.yaml, result.json, pruned.safetensors)"
     _tell(_result_of(folder), verdict=verdict, after=(files,))
+
+
+def _compared(before: float, after: float, sign: float) -> tuple[str, str, str]:
+    """Two values of a metric and the change, as they are told."""
+    return score(before, before, sign), score(after, before, sign), score_change(after, before, sign)
 
 
 def show_trained(trained: Trained, folder: Path, *, words: Sequence[str] = ()) -> None:
@@ -126,9 +131,9 @@ def show_trained(trained: Trained, folder: Path, *, words: Sequence[str] = ()) -
     name = named("regularizer", trained.regularizer)
     criterion = [f"criterion={RANKED_BY[name]}"] if name in RANKED_BY else []
     line = ["search", f"weights={folder}/trained.safetensors", *criterion, *words]
+    before, after, gained = _compared(trained.test_before, trained.test_after, trained.sign)
     verdict = (
-        f"{trained.metric}: test {percent(trained.test_before)} before, {percent(trained.test_after)} trained with "
-        f"{name} ({points(trained.test_after - trained.test_before)}) in {trained.seconds:.0f} s",
+        f"{trained.metric}: test {before} before, {after} trained with {name} ({gained}) in {trained.seconds:.0f} s",
         f"units near zero: {percent(trained.share('before'))} before, {percent(trained.share('after'))} after",
     )
     files = f"files: {folder}/  (trained.safetensors, result.json)"

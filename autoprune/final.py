@@ -27,6 +27,7 @@ from autoprune.prune import RatioTable, ranking
 from autoprune.recipe import HEALING, Step, check_healing
 from autoprune.recover import FineTune, Teacher, anchored, finetune
 from autoprune.rounds import Final, Pruner, Tune, check_final
+from autoprune.scores import sign_of
 
 FINAL = Final(epochs=3)
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -36,12 +37,13 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 class FineTuned:
     """A network pruned by a ratio table and fine-tuned; test scores in the metric's own sign.
 
-    table: the one given, with the units that this model keeps.
+    table: the one given, with the units that this model keeps. sign: -1 where the metric is better the lower, else 1.
     """
 
     table: RatioTable
     model: nn.Module
     metric: str
+    sign: float
     test_dense: float
     test_recovered: float
     dense: Mapping[str, Measurement]
@@ -107,6 +109,7 @@ def finetune_table(
         table=table,
         model=named(model),
         metric=type(task.metric).__name__,
+        sign=sign_of(task.metric),
         test_dense=dense.metric,
         test_recovered=recovered.metric,
         dense=costs[0],

@@ -61,7 +61,7 @@ class Outset:
             "seed": self.seed,
             "device": self.device,
             "versions": dict(self.versions),
-            "score": {"metric": self.metric, "dense": self.dense_score},
+            "score": {"metric": self.metric, "dense": self.dense_score, "sign": self.sign},
             "costs": {name: {"dense": dense.value, "unit": dense.unit} for name, dense in self.dense.items()},
             "budgets": [
                 {"asked": asked, "cost": b.cost, "limit": b.limit, "unit": b.unit}

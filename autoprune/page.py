@@ -127,10 +127,10 @@ def points(value: float) -> str:
 
 
 def score(value: float, dense: float, sign: float) -> str:
-    """A metric's value: in percent where that of the dense network says that it is a fraction which is to be high."""
-    return percent(value) if sign > 0 and 0 <= dense <= 1 else amount(value)
+    """A metric's value, in percent where it is a fraction."""
+    return percent(value) if search_figures.is_fraction(dense, sign) else amount(value)
 
 
 def score_change(value: float, dense: float, sign: float) -> str:
     """How far a metric's value is from that of the dense network."""
-    return points(value - dense) if sign > 0 and 0 <= dense <= 1 else f"{value - dense:+.4g}"
+    return points(value - dense) if search_figures.is_fraction(dense, sign) else f"{value - dense:+.4g}"

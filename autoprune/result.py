@@ -112,7 +112,7 @@ class Result(Outset):
             "seconds_in_forward": sum(t.seconds_in_forward for t in self.trials),
         }
         return values | {
-            "score": asdict(self.scores),
+            "score": asdict(self.scores) | {"sign": self.sign},
             "groups": self.groups(self.ratios),
             "findings": dict(self.findings),
             "rounds": [dict(made) for made in self.rounds],

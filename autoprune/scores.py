@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit  # Student's quantile; scipy.stats takes a second to import
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torchmetrics import Metric
 
 from autoprune.borrowing import arguments, computing_in, to_device
 from autoprune.core import InputError, Task
@@ -79,6 +80,11 @@ class Sample:
         return -half, half
 
 
+def sign_of(metric: Metric) -> float:
+    """1, or -1 where a metric is better the lower: times it, its values are better the higher."""
+    return -1.0 if metric.higher_is_better is False else 1.0
+
+
 def score(model: nn.Module, sample: Sample, task: Task, precision: str = "float32") -> Scored:
     """Score a network, computing in this precision. Raises FloatingPointError if a loss is not finite."""
     tally = Tally(task, next(model.parameters()).device, sample, precision)
@@ -96,7 +102,7 @@ class Tally:
         self._loss, self._device, self._sample, self._precision = task.loss, device, sample, precision
         self._metric = copy.deepcopy(task.metric).to(device)
         self._metric.reset()
-        self._sign = -1.0 if self._metric.higher_is_better is False else 1.0
+        self._sign = sign_of(self._metric)
         self._scores: list[float] = []
         self._losses: list[float] = []
         self.forward = 0.0  # seconds

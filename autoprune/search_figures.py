@@ -56,12 +56,19 @@ class Scale:
 
 
 def scale_of(score: Mapping[str, Any], trials: Sequence[Row]) -> Scale:
-    """A trial's score is higher the better, so that a metric that is better the lower shows in its sign."""
-    dense, scores = score.get("dense", math.nan), [t.score for t in trials if math.isfinite(t.score)]
+    """A trial's score is higher the better; older runs do not say whether the metric is, but the signs of both do."""
+    scores = [t.score for t in trials if math.isfinite(t.score)]
+    dense = score.get("dense", max(scores, default=math.nan))
     turned = any(s * dense < 0 for s in scores) and not any(s * dense > 0 for s in scores)
-    fraction = not any(abs(s) > 1 for s in (*scores, dense))
+    sign = score.get("sign", -1.0 if turned else 1.0)
+    fraction = is_fraction(dense, sign)
     label = f"{score['metric']} on the search split" + (", %" if fraction else "")
-    return Scale(sign=-1.0 if turned else 1.0, factor=100.0 if fraction else 1.0, label=label)
+    return Scale(sign=sign, factor=100.0 if fraction else 1.0, label=label)
+
+
+def is_fraction(dense: float, sign: float) -> bool:
+    """Whether a metric is shown in percent: the dense network's says that it is a fraction which is to be high."""
+    return sign > 0 and 0 <= dense <= 1
 
 
 def kind_of(trial: Row) -> str:

@@ -22,6 +22,7 @@ from autoprune.criteria import Groups
 from autoprune.final import shown, test
 from autoprune.keywords import named, positional_task
 from autoprune.recover import FineTune, anchored, finetune
+from autoprune.scores import sign_of
 from autoprune.space import Space, trace
 
 SPARSE = FineTune(epochs=5, lr_fraction=0.25, teach=0)
@@ -40,11 +41,13 @@ class Silenced:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A copy of a task's model that was trained with a regularizer; test scores in the metric's own sign."""
+    """A copy of a task's model that was trained with a regularizer; test scores in the metric's own sign, which is -1
+    where it is better the lower, else 1."""
 
     model: nn.Module
     regularizer: Mapping[str, Any]
     metric: str
+    sign: float
     test_before: float
     test_after: float
     groups: Mapping[str, Silenced]
@@ -117,6 +120,7 @@ def train(
         model=named(model),
         regularizer=chosen,
         metric=type(task.metric).__name__,
+        sign=sign_of(task.metric),
         test_before=tested_before.metric,
         test_after=tested_after.metric,
         groups={name: Silenced(units=len(own[0].positions), before=b, after=a) for name, own, b, a in counts},

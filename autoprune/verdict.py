@@ -14,7 +14,7 @@ from torch import nn
 
 from autoprune import __version__
 from autoprune.answer import Answer
-from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Task, Trial
+from autoprune.core import Budget, DeviceLostError, InputError, Measurement, Progress, Trial
 from autoprune.costs import Costs, layer_times
 from autoprune.evaluate import Evaluator, Scoring
 from autoprune.final import test
@@ -23,6 +23,7 @@ from autoprune.outset import Outset, parts_of
 from autoprune.prune import RatioTable, weights_hash
 from autoprune.result import LayerTime, Result, Scores
 from autoprune.rows import TableGroup
+from autoprune.scores import sign_of
 from autoprune.storage import shown
 from autoprune.traced import TracedModel
 from autoprune.units import Labels
@@ -91,8 +92,8 @@ def begun(
         seed=evaluator.seed,
         device=prices.device or _place(evaluator.scoring),
         metric=type(task.metric).__name__,
-        dense_score=_sign(task) * evaluator.dense().score,
-        sign=_sign(task),
+        dense_score=sign_of(task.metric) * evaluator.dense().score,
+        sign=sign_of(task.metric),
         dense=prices.dense,
         budgets=prices.limits,
         asked=tuple(asked),
@@ -105,15 +106,10 @@ def begun(
     )
 
 
-def _sign(task: Task) -> float:
-    """Scores are better the higher, the task's metric may not be."""
-    return -1.0 if task.metric.higher_is_better is False else 1.0
-
-
 def _scores(evaluator: Evaluator, answer: Answer, progress: Progress) -> Scores:
     """In the metric's own sign, on the search split and the test split."""
     task = evaluator.task
-    sign = _sign(task)
+    sign = sign_of(task.metric)
     recovered = sign * evaluator.scored(answer.model).score
     progress.stage("reading the test split", None)
     of_dense, of_answer = test(task, [evaluator.dense_model, answer.model])

@@ -54,7 +54,7 @@ def test_the_best_so_far_keeps_the_budgets_and_saw_all_images() -> None:
     ("dense", "scores", "shown", "unit"),
     [
         (0.9, [0.9, 0.8], [90.0, 80.0], "m on the search split, %"),
-        (0.2, [-0.2, -0.3], [20.0, 30.0], ", %"),
+        (0.2, [-0.2, -0.3], [0.2, 0.3], "m on the search split"),
         (30.0, [-30.0, -35.0], [30.0, 35.0], "m on the search split"),
         (-3.0, [-3.0, -4.0], [-3.0, -4.0], "split"),
     ],
@@ -65,6 +65,8 @@ def test_scores_are_shown_in_the_metrics_own_sign(
     scale = scale_of({"metric": "m", "dense": dense}, [row(i, score) for i, score in enumerate(scores)])
     assert [scale.of_trial(score) for score in scores] == pytest.approx(shown)
     assert scale.label.endswith(unit)
+    known = scale_of({"metric": "m", "dense": dense, "sign": scale.sign}, [])
+    assert known == scale, "also where nothing was scored"
 
 
 def test_the_baseline_and_the_answer_are_marked_and_partly_scored_trials_left_out() -> None:

@@ -26,6 +26,7 @@ from autoprune.core import (
 )
 from autoprune.lineage import folder_beside
 from autoprune.loop import search
+from autoprune.page import amount, html, percent
 from autoprune.result import Result
 from autoprune.strategies.netadapt import NetAdapt
 from autoprune.testing import StrategyContract, World, answer
@@ -522,3 +523,6 @@ def test_the_trace_is_in_the_files_and_in_the_study(whole: Result, tmp_path: Pat
     assert page.count("<svg") == 4  # ratios, trade-off, progress, rounds
     for made in values["rounds"]:
         assert f"<td>{made['number']}</td>" in page
+    assert f"<td>{percent(last['score_after'])}</td></tr>" in page
+    lower, _ = html(values | {"score": values["score"] | {"sign": -1.0}}, rows)
+    assert f"<td>{amount(-last['score_after'])}</td></tr>" in lower, "of a metric that is better the lower"

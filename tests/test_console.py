@@ -1,0 +1,59 @@
+"""What the last screens say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autoprune import console
+from autoprune.final import FineTuned
+from autoprune.telling import Telling, told
+from autoprune.training import Silenced, Trained
+
+
+def tuned(sign: float, dense: float, after: float) -> FineTuned:
+    nothing: Any = None
+    return FineTuned(
+        table=nothing,
+        model=nothing,
+        metric="M",
+        sign=sign,
+        test_dense=dense,
+        test_recovered=after,
+        dense={},
+        measured={},
+        seconds=1.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("sign", "dense", "after", "says"),
+    [
+        (1.0, 0.75, 0.8, "75.00 % dense, 80.00 % pruned and fine-tuned (+5.00 points)"),
+        (-1.0, 0.03, 0.02, "0.03 dense, 0.02 pruned and fine-tuned (-0.01)"),
+        (-1.0, 23.4, 23.9, "23.4 dense, 23.9 pruned and fine-tuned (+0.5)"),
+        (1.0, 35.0, 30.0, "35 dense, 30 pruned and fine-tuned (-5)"),
+    ],
+)
+def test_scores_that_are_no_fractions_are_told_as_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sign: float, dense: float, after: float, says: str
+) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    with told(Telling(quiet=True)):
+        console.show_finetuned(tuned(sign, dense, after), tmp_path)
+        assert f"M: test {says}" in capsys.readouterr().out
+        trained = Trained(
+            model=tuned(sign, dense, after).model,
+            regularizer={"_target_": "autoprune.regularizers.bn_l1"},
+            metric="M",
+            sign=sign,
+            test_before=dense,
+            test_after=after,
+            groups={"a": Silenced(units=4, before=0, after=1)},
+            seconds=1.0,
+        )
+        console.show_trained(trained, tmp_path)
+        shown = says.replace("dense", "before").replace("pruned and fine-tuned", "trained with bn_l1")
+        assert f"M: test {shown}" in capsys.readouterr().out
