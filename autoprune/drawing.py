@@ -10,6 +10,7 @@ import csv
 import io
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ SHAPES = {
     "ring": "m-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0z",
     "triangle": "m0-4l4 7h-8z",
 }
+UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # what no XML may hold
 FILLED = ("diamond", "square", "triangle")
 # what matplotlib draws in a legend in the place of each
 MARKERS = {"dot": "o", "plus": "+", "cross": "x", "diamond": "D", "square": "s", "ring": "o", "triangle": "^"}
@@ -123,11 +125,18 @@ def legend(axis: Axes, columns: int = 3) -> None:
 def svg(drawn: Drawn, name: str = "autoprune", title: str = "") -> str:
     """SVG text, as of a file; text stays text, and the same figure gives the same bytes."""
     from matplotlib import rc_context
+    from matplotlib.text import Text
 
+    for words in drawn.findobj(Text):
+        words.set_parse_math(False)  # names are no formulas
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": False}):
+    with (
+        rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "path.simplify": False}),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", "Glyph")  # of a letter that only the reader's font has
         drawn.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Type", "Format")))
-    text = buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    text = UNWRITABLE.sub("?", buffer.getvalue()[buffer.getvalue().index("<svg") :])
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'(<g id="mark-(\w+)-[^>]*>\s*<path d=")([^"]*)("[^>]*style=")fill: none; ([^"]*)', _shaped, text)
     text = re.sub(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -126,3 +127,18 @@ def test_the_warm_up_is_what_was_random() -> None:
     drawn = search_figures.rewards(walks)
     assert [r[1] for r in drawn.rows] == ["random", "random", "agent"]
     assert drawn.rows[-1][3] == pytest.approx(1.3 / 3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_no_formulas_and_break_no_file() -> None:
+    group = {"size": 8, "kept": 4, "ratio": 0.5, "kinds": ["Conv2d"], "members": ["a"], "macs": [0.4, 0.2]}
+    names = ["$\\foo{$", "a $x$", "b\x1b[31m\x01", "\u4e2d\u6587", "<b>&\"'"]
+    drawn = [
+        figures.ratios(dict.fromkeys(names, group)),
+        figures.sensitivity(dict.fromkeys(names, group), {name: [(0.5, 0.1, 0.0, 0.2)] for name in names}),
+        figures.layers([{"name": name, "dense_ms": 1.0, "pruned_ms": 0.5} for name in names]),
+    ]
+    for each in drawn:
+        texts = "\n".join("".join(text.itertext()) for text in ElementTree.fromstring(each.svg).iter() if text.text)
+        for name in ("$\\foo{$", "a $x$", "b?[31m?", "\u4e2d\u6587", "<b>&\"'"):
+            assert name in texts, (each.name, name)
