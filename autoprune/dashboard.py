@@ -100,7 +100,8 @@ def serve(
     Raises:
         InputError: there is no storage of Optuna's there, the dashboard is not installed, or nobody can listen there.
     """
-    check_rules("dashboard", {"0 <= port <= 65535": 0 <= port <= 65535}, {"port": port})
+    rules = {"0 <= port <= 65535": 0 <= port <= 65535, "host must be a name or an address": bool(host)}
+    check_rules("dashboard", rules, {"port": port, "host": host})
     opened = _opened(storage)
     try:
         with usable(storage):

@@ -92,6 +92,8 @@ def test_reports_lie_beside_a_file_and_in_the_output_folder_for_a_server() -> No
         ("study.storage=oracle://x", "cannot be used"),
         ("port=70000", "0 <= port <= 65535 must hold, got port=70000"),
         ("port=http", "port must be a whole number"),
+        ("host=null", "host must be a name or an address, got host=None"),
+        ("host=", "host must be a name or an address, got host="),
         ("hosst=x", "did you mean 'host'?"),
     ],
 )
