@@ -71,6 +71,8 @@ def rewrite(folder: Path) -> None:
         else:
             values = untrusted.json_of(folder / "result.json")
         text, figures = html(values, untrusted.rows_of(folder / "trials.csv"))
+    except InputError as error:
+        raise InputError(f"{folder} is unfinished, and its study cannot be read: {error}") from error
     except (TemplateError, *untrusted.DAMAGED) as error:
         raise InputError(f"{folder} holds no finished search: {type(error).__name__}: {error}") from error
     with room(folder / "figures"):

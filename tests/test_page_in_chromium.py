@@ -323,6 +323,7 @@ def test_a_study_that_is_gone_is_named_and_none_is_made(
     there = sorted(Path().iterdir())
     assert cli.main(["report", "run"]) == 2
     error = capsys.readouterr().err
+    assert error.startswith("autoprune: run is unfinished, and its study cannot be read: ")
     assert says in error
     assert error.count("\n") == 1
     assert sorted(Path().iterdir()) == there
