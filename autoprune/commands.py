@@ -243,11 +243,12 @@ def _export(words: Sequence[str]) -> int:
 
 
 def _report(words: Sequence[str]) -> int:
-    from autoprune import report
+    from autoprune import console, report
 
     if len(words) != 1:
         raise InputError("report takes one argument, the folder of a run: python -m autoprune report RUN_DIR")
     report.rewrite(Path(words[0]))
+    console.show_report(Path(words[0]))
     return MET
 
 
@@ -303,7 +304,7 @@ def _told(command: str, words: Sequence[str]) -> list[str]:
 
 def _of(words: Sequence[str], *beginnings: str) -> list[str]:
     """Those words of a command that another one needs too."""
-    return [word for word in words if word.startswith(beginnings)]
+    return [word for word in words if word.lstrip("+~").startswith(beginnings)]
 
 
 def _budgets(value: Any) -> list[str]:

@@ -55,10 +55,13 @@ def show(result: Result, folder: Path, *, command: Sequence[str] = (), task_word
     reached = Text(
         f"{scores['metric']}: test {told('test_dense')} dense, {told('test_recovered')} pruned and fine-tuned "
         f"({gained}); search split {told('dense')} dense, {told('recovered')} pruned"
+        if result.study
+        else f"{scores['metric']}: test {told('test_dense')}, search split {told('dense')}; nothing was pruned, as the "
+        "dense network keeps every budget"
     )
     taken = Text(
-        f"{search['trials']} trials ({search['evaluations']} evaluated, {search['cache_hits']} from the cache, "
-        f"{search['failed']} failed; {search['shared']:.0%} of their forward passes ran once for many) "
+        f"{_counted(search['trials'], 'trial', 'trials')} ({search['evaluations']} evaluated, {search['cache_hits']} "
+        f"from the cache, {search['failed']} failed; {search['shared']:.0%} of their forward passes ran once for many) "
         f"in {search['seconds']:.0f} s"
     )
     asked = f"asked: {result.task}, {', '.join(result.asked)}, strategy {result.strategy}, seed {result.seed}"
@@ -253,11 +256,18 @@ def show_dashboard(url: str, studies: int, only_here: bool) -> None:
             "warning: the dashboard has no password: whoever reaches this address can read, change and delete studies",
             highlight=False,
         )
-    _tell({"url": url, "studies": studies}, verdict=(url,), after=(f"{studies} studies; Ctrl-C ends it",))
+    after = f"{_counted(studies, 'study', 'studies')}; Ctrl-C ends it"
+    _tell({"url": url, "studies": studies}, verdict=(url,), after=(after,))
 
 
 def _both(then: Measurement, now: Measurement) -> tuple[tuple[str, Measurement], tuple[str, Measurement]]:
     return ("then", then), ("now", now)
+
+
+def show_report(folder: Path) -> None:
+    """Where a report is."""
+    page = folder / "report.html"
+    _tell({"folder": str(folder), "report": str(page)}, verdict=(f"report: {page}",))
 
 
 def show_exported(made: Exported, folder: Path) -> None:
@@ -309,12 +319,16 @@ def _tell(
     if telling().json:
         write_json(values)
         return
-    console = Console()
+    console = Console(markup=False, emoji=False)  # names and reasons stand as they are
     for part in verdict if telling().quiet else (*before, *verdict, *after):
         if isinstance(part, str):  # a line may be long, to be pasted
             console.print(part, highlight=False, soft_wrap=True, markup=False)
         else:
             console.print(part, highlight=False)
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _line(words: Sequence[str]) -> str:

@@ -93,10 +93,11 @@ def _at(groups: Mapping[str, Any], ratios: Sequence[float]) -> dict[str, Any]:
 def _tables(values: Mapping[str, Any]) -> dict[str, Any]:
     """What the tables of groups need to know beside them."""
     groups = values["groups"].values()
-    whole = {name: group["size"] for name, group in values["groups"].items() if not group["ratio"]}
+    searched = values["finished"] and values["search"]["study"]
+    whole = [name for name, group in values["groups"].items() if searched and not group["ratio"]]
     return {
         "shares": [cost for cost in ("macs", "params") if groups and all(cost in group for group in groups)],
-        "whole": whole if values["finished"] else {},
+        "whole": whole,
         "kinds": all("kinds" in group for group in groups),
     }
 

@@ -265,8 +265,10 @@ def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.Captur
     assert "groups of" in (folder / "log.txt").read_text()
     before = (folder / "report.html").read_text()
     (folder / "report.html").unlink()
-    assert run(capsys, "report", str(folder))[0] == 0
+    assert run(capsys, "report", str(folder)) == (0, f"report: {folder}/report.html\n", "")
     assert (folder / "report.html").read_text() == before
+    told = json.loads(run(capsys, "report", str(folder), "--json")[1])
+    assert told == {"folder": str(folder), "report": f"{folder}/report.html"}
 
     status, out, err = run(
         capsys, "finetune", f"ratios={folder}/ratios.yaml", "task._target_=tiny.make_task", "finetune.epochs=0.2"
@@ -342,7 +344,12 @@ def test_a_profile_is_kept_and_found_by_the_search(capsys: pytest.CaptureFixture
     assert "kept in outputs/tables" in err
     assert list(Path("outputs/tables").iterdir()) == [table]
     assert "keeps latency_10s already" in err
+    assert "nothing was pruned, as the dense network keeps every budget" in " ".join(out.split())
     (folder,) = Path("outputs/tiny/uniform").iterdir()
+    page = (folder / "report.html").read_text()
+    assert "Nothing was pruned: the dense network keeps every budget." in page
+    assert "the search found it better so" not in page
+    assert "Pruned and fine-tuned" not in page
     values = json.loads((folder / "result.json").read_text())
     assert values["device"].startswith("torch_cpu: ")
     assert values["budgets"][0]["met"] is True

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autoprune import console
+from autoprune import commands, console
 from autoprune.final import FineTuned
 from autoprune.telling import Telling, told
 from autoprune.training import Silenced, Trained
@@ -28,6 +28,20 @@ def tuned(sign: float, dense: float, after: float) -> FineTuned:
     )
 
 
+def trained(sign: float, before: float, after: float, *groups: str) -> Trained:
+    nothing: Any = None
+    return Trained(
+        model=nothing,
+        regularizer={"_target_": "autoprune.regularizers.bn_l1"},
+        metric="M",
+        sign=sign,
+        test_before=before,
+        test_after=after,
+        groups={name: Silenced(units=4, before=0, after=1) for name in groups or "a"},
+        seconds=1.0,
+    )
+
+
 @pytest.mark.parametrize(
     ("sign", "dense", "after", "says"),
     [
@@ -44,16 +58,20 @@ def test_scores_that_are_no_fractions_are_told_as_they_are(
     with told(Telling(quiet=True)):
         console.show_finetuned(tuned(sign, dense, after), tmp_path)
         assert f"M: test {says}" in capsys.readouterr().out
-        trained = Trained(
-            model=tuned(sign, dense, after).model,
-            regularizer={"_target_": "autoprune.regularizers.bn_l1"},
-            metric="M",
-            sign=sign,
-            test_before=dense,
-            test_after=after,
-            groups={"a": Silenced(units=4, before=0, after=1)},
-            seconds=1.0,
-        )
-        console.show_trained(trained, tmp_path)
+        console.show_trained(trained(sign, dense, after), tmp_path)
         shown = says.replace("dense", "before").replace("pruned and fine-tuned", "trained with bn_l1")
         assert f"M: test {shown}" in capsys.readouterr().out
+
+
+def test_names_are_shown_letter_by_letter(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    names = ("a[0]", "[bold]b", "[/]", ":smile:")
+    console.show_trained(trained(1.0, 0.5, 0.5, *names), tmp_path)
+    shown = capsys.readouterr().out
+    for name in names:
+        assert f"│ {name} " in shown
+
+
+def test_words_of_the_task_are_those_that_add_and_remove_too() -> None:
+    words = ["task._target_=m.make", "+task.width=12", "~task.depth", "budget=flops_50pct", "weights=a", "+x.task=1"]
+    assert commands._of(words, "task", "weights=") == [*words[:3], "weights=a"]
