@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -291,15 +292,15 @@ def _task(config: Mapping[str, Any]) -> Task:
 
 
 def _told(command: str, words: Sequence[str]) -> list[str]:
-    """The words of a command as they are written down: without the password of a database."""
-    from autoprune.storage import shown
+    """The words of a command as they are written down: without the password of a database, wherever its URL stands."""
+    from autoprune.storage import HIDDEN, shown
 
-    key, told = "study.storage=", []
-    for word in words:
-        url = word.removeprefix(key).strip("'\"")
-        hidden = shown(url) if word.startswith(key) else url
-        told.append(word.replace(url, hidden))
-    return ["python", "-m", "autoprune", command, *told]
+    def told(found: re.Match[str]) -> str:
+        hidden = shown(found[0])
+        return hidden if HIDDEN in hidden else found[0]
+
+    written = [re.sub(r"[a-z]\w*(\+\w+)?://[^'\"]*[^'\"}\]]", told, word) for word in words]
+    return ["python", "-m", "autoprune", command, *written]
 
 
 def _of(words: Sequence[str], *beginnings: str) -> list[str]:

@@ -146,7 +146,7 @@ def _file(storage: str) -> Path | None:
     """The file of an SQLite storage."""
     try:
         url = sqlalchemy.make_url(storage)
-    except SQLAlchemyError:
+    except (SQLAlchemyError, ValueError):  # no URL, or a port that is no number
         return None
     return Path(url.database or "") if url.get_backend_name() == "sqlite" else None
 

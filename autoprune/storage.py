@@ -35,6 +35,7 @@ SQLITE = "sqlite:///"
 MAKING = 20  # tries at making the tables
 LOCKED_S = 60  # that SQLite waits for another writer by itself
 PATIENCE_S = 600.0  # for a storage that was there and is out of reach
+HIDDEN = "***"
 PAUSE_S = 10.0  # between two tries, at most
 # of libpq, so that a server whose machine is gone is seen to be: what PostgreSQL's drivers share
 LIBPQ = {"connect_timeout": 10, "keepalives_idle": 30, "keepalives_interval": 10, "tcp_user_timeout": 30_000}
@@ -205,11 +206,14 @@ def leave(opened: optuna.storages.BaseStorage) -> None:
 
 
 def shown(storage: str | None) -> str:
-    """The URL without its password."""
+    """The URL without its password, which has HIDDEN in its place."""
     try:
-        return sqlalchemy.make_url(storage or "").render_as_string(hide_password=True)
-    except SQLAlchemyError:
+        url = sqlalchemy.make_url(storage or "")
+    except (SQLAlchemyError, ValueError):
         return str(storage)
+    secret = {key: HIDDEN for key in url.query if "password" in key.lower()}  # as libpq takes it too
+    told = url.update_query_dict(secret).render_as_string(hide_password=True)
+    return told.replace(quote(HIDDEN), HIDDEN)
 
 
 def _begin(storage: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from autoprune import untrusted
 from autoprune.core import Trial
+from autoprune.storage import HIDDEN
 from autoprune.study import recorded
 
 
@@ -20,7 +21,7 @@ def so_far(folder: Path) -> tuple[dict[str, Any], tuple[Trial, ...]]:
     """
     outset = untrusted.json_of(folder / "outset.json")
     search, groups, storage = outset["search"], outset["groups"], outset["search"]["storage"]
-    if storage and ":***@" in storage:
+    if storage and HIDDEN in storage:
         storage = str(untrusted.yaml_of(folder / "config.yaml")["study"]["storage"])
     trials = recorded(storage, search["study"], [budget["cost"] for budget in outset["budgets"]])
     if any(len(trial.candidate.ratios) != len(groups) for trial in trials):

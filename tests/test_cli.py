@@ -523,5 +523,9 @@ def test_a_command_is_written_down_without_its_password() -> None:
     for word in (f"study.storage={url}", f"study.storage='{url}?host=%2Frun'"):
         told = commands._told("search", ["seed=1", word])
         assert told == ["python", "-m", "autoprune", "search", "seed=1", word.replace("secret", "***")]
-    plain = ["study.storage=sqlite:///my.db", "budget=flops_50pct"]
+    words = [f"++study.storage={url}", f"study={{storage: {url}}}"]
+    assert commands._told("search", words)[4:] == [word.replace("secret", "***") for word in words]
+    query = commands._told("search", ["study.storage=postgresql://host/db?password=secret&user=me"])[-1]
+    assert query == "study.storage=postgresql://host/db?password=***&user=me"
+    plain = ["study.storage=sqlite:///my%20.db", "budget=flops_50pct", "task.url=http://host/a?b=1&a=2"]
     assert commands._told("search", plain)[3:] == ["search", *plain]

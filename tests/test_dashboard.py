@@ -90,6 +90,7 @@ def test_reports_lie_beside_a_file_and_in_the_output_folder_for_a_server() -> No
         ("study.storage=sqlite:///text", "file is not a database"),
         ("study.storage=sqlite:///empty", "holds no studies: it must be a database of Optuna's"),
         ("study.storage=oracle://x", "cannot be used"),
+        ("study.storage=postgresql://me:abc/db", "study.storage=postgresql://me:abc/db cannot be used: "),
         ("port=70000", "0 <= port <= 65535 must hold, got port=70000"),
         ("port=http", "port must be a whole number"),
         ("host=null", "host must be a name or an address, got host=None"),

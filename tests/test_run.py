@@ -28,6 +28,7 @@ from autoprune.outset import Outset, parts_of
 from autoprune.recover import FineTune
 from autoprune.result import Result
 from autoprune.space import Space, trace
+from autoprune.storage import shown
 from autoprune.traced import tensors_of
 from autoprune.unfinished import so_far
 
@@ -331,11 +332,11 @@ def test_what_a_search_begins_with_is_told_and_is_part_of_its_result(tmp_path: P
         assert before.items() <= after.items()
 
 
+@pytest.mark.parametrize("url", ["postgresql+psycopg://me:{}@host/studies", "postgresql://host/db?password={}"])
 def test_the_password_of_a_database_is_in_the_configuration_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = "postgresql+psycopg://me:{}@host/studies"
-    outset = dataclasses.replace(searched(strategy="uniform"), storage=url.format("***"), study="mine")
+    outset = dataclasses.replace(searched(strategy="uniform"), storage=shown(url.format("secret")), study="mine")
     report.begin(outset, tmp_path)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"study": {"storage": url.format("secret")}}))
     read: list[str | None] = []
