@@ -104,7 +104,7 @@ def _tables(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def amount(value: float) -> str:
     """Four digits, with k, M or G."""
-    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for scale, letter in ((1e9, "G"), (1e6, "M"), (9999.5, "k")):
         if abs(value) >= scale:
             return f"{value / (1e3 if letter == 'k' else scale):.4g}{letter}"
     return f"{value:.4g}"

@@ -9,6 +9,7 @@ import pytest
 
 from autoprune import commands, console
 from autoprune.final import FineTuned
+from autoprune.page import amount
 from autoprune.telling import Telling, told
 from autoprune.training import Silenced, Trained
 
@@ -75,3 +76,8 @@ def test_names_are_shown_letter_by_letter(capsys: pytest.CaptureFixture[str], tm
 def test_words_of_the_task_are_those_that_add_and_remove_too() -> None:
     words = ["task._target_=m.make", "+task.width=12", "~task.depth", "budget=flops_50pct", "weights=a", "+x.task=1"]
     assert commands._of(words, "task", "weights=") == [*words[:3], "weights=a"]
+
+
+def test_an_amount_has_four_digits() -> None:
+    values = [0.03689, 9999.4, 9999.7, 12345.0, 999960.0, 2.5e6, -5e4, 4.1e9]
+    assert [amount(value) for value in values] == "0.03689 9999 10k 12.35k 1000k 2.5M -50k 4.1G".split()
