@@ -455,7 +455,6 @@ RESULTS: dict[str, tuple[str | bytes, str]] = {
     "a winner who is not there": (with_result(rounds=[{"winner": 99, "proposals": []}]), TRIALS),
     "episodes without a beginning": (with_result(episodes=EPISODES), TRIALS),
     "held-out networks of infinite time": (with_result(cost_table={"held_out": [[1e999, 1]], "answers": []}), TRIALS),
-    "formulas for names": (with_result(groups={"$\\frac{$": GROUPS["conv1"]}), TRIALS.replace("conv1", "$\\frac{$")),
     "a short row": (json.dumps(RESULT), TRIALS + "1\n"),
     "a field of a megabyte": (json.dumps(RESULT), TRIALS + "x" * 2**20 + "," * 8 + "\n"),
     "a ratio that is none": (json.dumps(RESULT), TRIALS.replace("0.5\n", "rm -rf\n")),
@@ -495,6 +494,14 @@ def test_a_page_shows_markup_as_text(capsys: pytest.CaptureFixture[str]) -> None
     put("run/trials.csv", TRIALS.replace("conv1", evil))
     assert cli.main(["report", "run"]) == 0, capsys.readouterr().err
     assert "<script" not in Path("run/report.html").read_text()
+
+
+def test_a_page_shows_formulas_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    put("run/result.json", with_result(groups={"$\\frac{$": GROUPS["conv1"]}))
+    put("run/trials.csv", TRIALS.replace("conv1", "$\\frac{$"))
+    assert cli.main(["report", "run"]) == 0, capsys.readouterr().err
+    assert Path("run/report.html").read_text().count("$\\frac{$") == 3  # two figures and the table
 
 
 @pytest.mark.parametrize(
