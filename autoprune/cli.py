@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _cut_short(asked, error, arguments)
     except KeyboardInterrupt:
         sys.stderr.write("\n")
+        logging.getLogger("autoprune").warning("interrupted")
         return _ended(asked, INTERRUPTED, f"interrupted; {_kept(command)}", _same_line(arguments))
     except Exception as error:  # noqa: BLE001, the last door
         if is_full(error):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autoprune.components import make_task
 from autoprune.configuration import config_of, configured, made
 from autoprune.core import Budget, InputError, Task
-from autoprune.runfolder import run_folder
+from autoprune.runfolder import check_finished, run_folder
 from autoprune.telling import telling
 
 if TYPE_CHECKING:
@@ -213,16 +213,18 @@ def _finetune(words: Sequence[str]) -> int:
 
 
 def _measure(words: Sequence[str]) -> int:
-    from autoprune import console, measuring
+    from autoprune import console, measuring, report
 
     if len(words) != 1:
         raise InputError(
             "measure takes one argument, the folder of a finished run: python -m autoprune measure RUN_DIR"
         )
     folder = Path(words[0])
+    check_finished(folder)
     config = config_of(folder)
     task = _task(config)
     then, now, budgets = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
+    report.write_again(folder, now, budgets)
     return MET if console.show_again(then, now, budgets) else NOT_MET
 
 
@@ -238,6 +240,7 @@ def _export(words: Sequence[str]) -> int:
     plan = made(exporting.Plan, settings, "export")
     if not isinstance(output, str | None):
         raise InputError(f"output must be a path, got {output!r}")
+    check_finished(folder)
     task = _task(config_of(folder, ("task",)))
     console.show_exported(exporting.export_run(task, folder, plan, output=output), folder)
     return MET

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,12 @@ def _explained(command: str, words: Sequence[str], error: Exception) -> str:
         key = word.partition("=")[0].lstrip("+~")
         if "=" not in word:
             return f"'{word}' is not key=value; python -m autoprune {command} --help shows every key"
+        value = word.partition("=")[2]
+        if key in GROUPS and re.fullmatch(r"[\w.]+", value) and value not in names(key):
+            own = f"; one of your own is {key}._target_={value}" if "." in value else ""
+            near = difflib.get_close_matches(value, names(key), 1)
+            hint = f"; did you mean {near[0]}?" if near else own
+            return f"unknown {key} '{value}': it must be one of {', '.join(names(key))}{hint}"
         if key not in known and ("Could not override" in str(error) or "struct" in str(error)):
             near = difflib.get_close_matches(key, sorted(known), 1, 0.5)
             hint = f"; did you mean '{near[0]}'?" if near else f"; see python -m autoprune {command} --help"

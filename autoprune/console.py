@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 MET = "[green]met[/]"
 NOT_MET = "[bold red]not met[/]"
 NOT_SHOWN = "[bold yellow]not shown to be met[/]: the interval holds the limit"
-UNDECIDED = "[bold yellow]undecided[/]: the measurement was disturbed, run it again on a quieter machine"
+UNDECIDED = "[bold yellow]undecided[/]: the measurement was disturbed; measure it again on a quieter machine"
 MARKS = {"ok": "[green]✓[/]", "warning": "[bold yellow]![/]", "failed": "[bold red]✗[/]"}
 MODELLED = " [yellow](modelled, not measured)[/]"
 
@@ -60,9 +60,8 @@ def show(result: Result, folder: Path, *, command: Sequence[str] = (), task_word
         "dense network keeps every budget"
     )
     taken = Text(
-        f"{_counted(search['trials'], 'trial', 'trials')} ({search['evaluations']} evaluated, {search['cache_hits']} "
-        f"from the cache, {search['failed']} failed; {search['shared']:.0%} of their forward passes ran once for many) "
-        f"in {search['seconds']:.0f} s"
+        f"{_counted(search['trials'], 'trial', 'trials')} ({_sources(search)}{search['failed']} failed; "
+        f"{search['shared']:.0%} of the forward passes saved by sharing) in {search['seconds']:.0f} s"
     )
     asked = f"asked: {result.task}, {', '.join(result.asked)}, strategy {result.strategy}, seed {result.seed}"
     _tell(
@@ -74,6 +73,13 @@ def show(result: Result, folder: Path, *, command: Sequence[str] = (), task_word
             *_next(result, folder, command, task_words),
         ),
     )
+
+
+def _sources(search: Mapping[str, Any]) -> str:
+    """Where the trials of a search come from."""
+    earlier = search["trials"] - search["evaluations"] - search["cache_hits"]
+    known = f"{earlier} of an earlier run, " if earlier > 0 else ""
+    return f"{known}{search['evaluations']} evaluated, {search['cache_hits']} from the cache, "
 
 
 def _reward(episodes: Sequence[Mapping[str, Any]]) -> list[Text]:
@@ -98,10 +104,13 @@ def _next(result: Result, folder: Path, command: Sequence[str], task_words: Sequ
     """The next three commands, each a line to be pasted."""
     reuse = ["finetune", f"ratios={folder}/ratios.yaml", *task_words]
     export = ["export", str(folder), "format=onnx"]
+    again = ["measure", str(folder)]
+    unsure = any(b.cost == "latency_ms" and b.met(result.measured[b.cost]) is None for b in result.budgets)
     look = ["report", str(folder)]
     if result.storage and result.study:
         look = ["dashboard", *(word for word in command if word.startswith(("study.storage=", "output=")))]
-    return [f"{name:7} {_line(words)}" for name, words in (("reuse:", reuse), ("export:", export), ("look:", look))]
+    lines = ([("again:", again)] if unsure else []) + [("reuse:", reuse), ("export:", export), ("look:", look)]
+    return [f"{name:7} {_line(words)}" for name, words in lines]
 
 
 def show_finetuned(tuned: FineTuned, folder: Path) -> None:

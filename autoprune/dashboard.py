@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -114,6 +115,8 @@ def serve(
             if browse:
                 _open(url)
             with contextlib.suppress(KeyboardInterrupt):
+                if threading.current_thread() is threading.main_thread():  # a script's `&` would have it ignored
+                    signal.signal(signal.SIGINT, signal.default_int_handler)
                 server.serve_forever()
     finally:
         leave(opened)

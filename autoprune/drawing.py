@@ -30,12 +30,22 @@ SHAPES = {
     "diamond": "m0-3.4l3.4 3.4l-3.4 3.4l-3.4-3.4z",
     "square": "m-3-3h6v6h-6z",
     "ring": "m-6 0a6 6 0 1 0 12 0a6 6 0 1 0-12 0z",
+    "star": "m0.0 -6.0l1.4 4.1l4.3 0.1l-3.4 2.6l1.2 4.1l-3.5 -2.5l-3.5 2.5l1.2 -4.1l-3.4 -2.6l4.3 -0.1z",
     "triangle": "m0-4l4 7h-8z",
 }
 UNWRITABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")  # what no XML may hold
-FILLED = ("diamond", "square", "triangle")
+FILLED = ("diamond", "square", "star", "triangle")
 # what matplotlib draws in a legend in the place of each
-MARKERS = {"dot": "o", "plus": "+", "cross": "x", "diamond": "D", "square": "s", "ring": "o", "triangle": "^"}
+MARKERS = {
+    "dot": "o",
+    "plus": "+",
+    "cross": "x",
+    "diamond": "D",
+    "square": "s",
+    "ring": "o",
+    "star": "*",
+    "triangle": "^",
+}
 
 
 @dataclass(frozen=True)

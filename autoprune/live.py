@@ -135,7 +135,9 @@ class Board:
             )
             line.append(f" {with_interval(asdict(cost))} of {amount(budget.limit)} {budget.unit}")
             line.append(f", {percent(cost.value / budget.limit)}; dense {amount(outset.dense[budget.cost].value)}")
-            yield line if cost.kind == "counted" else line.append(f" ({cost.kind})", style="dim")
+            kind = "" if cost.kind == "counted" else cost.kind
+            what = ", ".join(filter(None, (kind, "the dense network" if self._best is None else "")))
+            yield line.append(f" ({what})", style="dim") if what else line
 
     def _groups(
         self, outset: Outset, ratios: Sequence[float], *, width: int, lines: int, glyphs: Sequence[str]

@@ -21,6 +21,7 @@ ABSENT: Mapping[str, Any] = {  # in older runs
     "episodes": [],
     "findings": {},
     "command": [],
+    "measured_again": [],
     "finished": True,
 }
 FEW = 40  # rows of a table that is not folded
@@ -60,7 +61,8 @@ def html(values: Mapping[str, Any], trials: Sequence[Mapping[str, str]]) -> tupl
 
 def drawings(values: Mapping[str, Any], rows: Sequence[trialfile.Row]) -> list[Figure]:
     """The figures that there is something to draw for, in the page's order."""
-    found = [figures.ratios(values["groups"])]
+    chosen = values["finished"] or search_figures.best_so_far(rows, values["budgets"])
+    found = [figures.ratios(values["groups"])] if chosen else []
     scored = any(not row.error and row.score == row.score for row in rows)
     if scored:
         costs = {budget["cost"]: budget for budget in reversed(values["budgets"])}

@@ -186,7 +186,8 @@ class RatioTable:
         """Layer -> its ratio, which is what other tools are told; of one with units of several groups, of them all.
         Units that are in no group count nothing: a layer of which some stay whole loses a smaller share."""
         layers = {member: [g for g in self.groups if member in g.members] for g in self.groups for member in g.members}
-        return {name: 1 - sum(len(g.units) for g in of) / sum(g.size for g in of) for name, of in layers.items()}
+        sizes = {name: (sum(g.size for g in of), sum(len(g.units) for g in of)) for name, of in layers.items()}
+        return {name: (size - kept) / size for name, (size, kept) in sizes.items()}
 
     def to_torch_pruning(self, model: nn.Module) -> dict[nn.Module, float]:
         """The pruning_ratio_dict by which a pruner of Torch-Pruning (1.6.1) cuts this model to the table's widths, with

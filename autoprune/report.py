@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from autoprune import trialfile, unfinished, untrusted
-from autoprune.core import InputError
+from autoprune.core import Budget, InputError, Measurement
 from autoprune.page import html
 from autoprune.writing import room, whole
 
@@ -55,6 +56,15 @@ def write_trained(trained: Trained, folder: Path) -> None:
     shares = {f"near_zero_{when}": trained.share(when) for when in ("before", "after")}
     groups = {name: asdict(group) for name, group in trained.groups.items()}
     _write_json(folder / "result.json", values | shares | {"groups": groups})
+
+
+def write_again(folder: Path, now: Measurement, budgets: Mapping[str, Budget]) -> None:
+    """Add a second measurement to a finished run's result.json, and so to its report."""
+    values = untrusted.json_of(folder / "result.json")
+    again = asdict(now) | {"budgets": {asked: budget.met(now) for asked, budget in budgets.items()}}
+    again["when"] = time.strftime("%Y-%m-%d %H:%M")
+    _write_json(folder / "result.json", values | {"measured_again": [*values.get("measured_again", []), again]})
+    rewrite(folder)
 
 
 def rewrite(folder: Path) -> None:

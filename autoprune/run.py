@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -124,35 +125,37 @@ def search(
     outset = partial(begun, evaluator, prices, asked=asked, strategy=named_as["strategy"], storage=storage)
     answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
     name = ""
-    if answer is None:
-        ranked = prices.traced.space.ranked(evaluator.importance)
-        planner: Strategy = build(ranked, prices.steered, prices.limited, seed=seed)  # it may refuse
-        fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
-        name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
-        with Study(
-            storage,
-            name,
-            fingerprint=fingerprint,
-            space=prices.traced.space,
-            budgets=prices.limits,
-            progress=progress,
-        ) as study:
+    with ExitStack() as held:
+        if answer is None:
+            ranked = prices.traced.space.ranked(evaluator.importance)
+            planner: Strategy = build(ranked, prices.steered, prices.limited, seed=seed)  # it may refuse
+            fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
+            name = study_name or _study_name(task, chosen, asked, seed, fingerprint)
+            made = Study(
+                storage,
+                name,
+                fingerprint=fingerprint,
+                space=prices.traced.space,
+                budgets=prices.limits,
+                progress=progress,
+            )
+            study = held.enter_context(made)  # to the end, so that no other search measures beside this one
             known = outset(study=name)
             study.describe(known)
             progress.begun(known)
             answer = searched(
                 planner, evaluator, prices, study, plan=plan, progress=progress, workers=crew, rank=prepared.rank
             )
-    result = concluded(
-        evaluator,
-        prices,
-        answer,
-        outset=outset(study=name),
-        criterion=named_as["criterion"],
-        device=prepared.device,
-        progress=progress,
-        began=began,
-    )
+        result = concluded(
+            evaluator,
+            prices,
+            answer,
+            outset=outset(study=name),
+            criterion=named_as["criterion"],
+            device=prepared.device,
+            progress=progress,
+            began=began,
+        )
     named(result.model)
     return result
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from autoprune import untrusted
 from autoprune.configuration import save
 from autoprune.core import InputError, StorageError
 from autoprune.writing import is_full
@@ -43,6 +45,16 @@ def run_folder(config: dict[str, Any], task: str, what: str, name: str | None = 
     logger.addHandler(handler)
     logger.propagate = False
     return folder
+
+
+def check_finished(folder: Path) -> None:
+    """Raises InputError for the folder of a search that is unfinished, with the line that goes on with it."""
+    if (folder / "outset.json").exists() and not (folder / "ratios.yaml").exists():
+        command = untrusted.json_of(folder / "outset.json").get("command", [])
+        raise InputError(
+            f"{folder} is of a search that is unfinished: go on with {shlex.join(map(str, command))}, or see what "
+            f"there is with python -m autoprune report {folder}"
+        )
 
 
 class _Log(logging.FileHandler):

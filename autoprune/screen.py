@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from autoprune.outset import Outset
 
 REFRESHED = 4  # times a second
+EVERY_S = 60  # seconds after which a stage says how far it is, where there is no terminal
 
 
 class Screen:
@@ -60,6 +61,7 @@ class Screen:
         self._live = live if shown else None
         self._task: TaskID | None = None
         self._name, self._done, self._began = "", 0, time.perf_counter()
+        self._said = self._began
         self._steps: int | None = None
 
     def __enter__(self) -> Screen:
@@ -92,11 +94,14 @@ class Screen:
 
     def step(self) -> None:
         self._done += 1
+        if self._live is None and time.perf_counter() - self._said > EVERY_S:
+            self.say(f"{self._name}: {self._done}{f' of {self._steps}' if self._steps else ''}")
         if self._task is not None:
             self._bar.advance(self._task)
 
     def say(self, line: str) -> None:
         self._logger.info(line)
+        self._said = time.perf_counter()
         try:
             self._console.print(line, highlight=False, markup=False)
         except OSError as gone:  # a terminal that was closed

@@ -160,7 +160,7 @@ def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[s
     dense = values["costs"][cost]["dense"]
     known = [t for t in trials if t.comparable and math.isfinite(t.costs[cost])]
     on_front = {known[i].number for i in front([(t.costs[cost], t.score) for t in known])}
-    rows = tuple(
+    rows: tuple[tuple[Any, ...], ...] = tuple(
         (t.number, kind_of(t), t.costs[cost], scale.of_trial(t.score), int(t.number in on_front), int(_baseline(t)))
         for t in known
     )
@@ -184,6 +184,8 @@ def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[s
             [(answer.costs[cost], scale.of_trial(answer.score))],
         )
         marks(axis, here, "ring", colour=ORANGE, label=what, size=2.2)
+    final = _final(values, cost, scale)
+    marks(axis, final, "star", colour=ORANGE, label="its network after training")
     axis.axvline(budget["limit"], color=ORANGE, linestyle="--", linewidth=1.2, label="limit")
     axis.set_xlabel(_named(cost, unit))
     axis.xaxis.set_major_formatter(_scaled(max(dense, budget["limit"])))
@@ -193,6 +195,12 @@ def tradeoff(values: Mapping[str, Any], trials: Sequence[Row], budget: Mapping[s
         "Trials that saw all images, at their measured or else predicted cost; left of the limit the budget is kept. "
         "Marks tell what was fine-tuned from what was not yet."
     )
+    if final:
+        says += (
+            " The answer is the trial that the strategy chose, most by the least loss; the star is its network after "
+            "the final training, as it was counted or measured at the end."
+        )
+        rows += (("", "after the final training", *final[0], 0, 0),)
     return Figure(f"tradeoff_{cost}", title, says, heads, rows, svg(drawn, f"tradeoff_{cost}", title))
 
 
@@ -206,6 +214,14 @@ def _answer(values: Mapping[str, Any], trials: Sequence[Row]) -> Row | None:
         return (best_so_far(trials, values["budgets"]) or [None])[-1]
     chosen = tuple(group["ratio"] for group in values["groups"].values())
     return next((t for t in reversed(trials) if t.measured and t.ratios == chosen), None)
+
+
+def _final(values: Mapping[str, Any], cost: str, scale: Scale) -> list[tuple[float, float]]:
+    """Where the final network of a finished search lies."""
+    score = values["score"].get("recovered")
+    if score is None or not values["finished"]:
+        return []
+    return [(values["costs"][cost]["measured"]["value"], scale.factor * score)]
 
 
 def _named(cost: str, unit: str) -> str:

@@ -24,7 +24,10 @@ def whole(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{os.urandom(3).hex()}.tmp")
     with room(path):
         try:
+            temporary.touch()  # what replaces it may have rights of its own
+            rights = temporary.stat().st_mode & 0o777
             yield temporary
+            temporary.chmod(rights)
             if lasting:
                 _flush(temporary)
             temporary.replace(path)

@@ -21,7 +21,7 @@ import safetensors.torch
 import tiny
 import torch
 
-from autoprune import RatioTable, cli, commands, console, telling
+from autoprune import RatioTable, cli, commands, console, report, telling
 from autoprune.configuration import config_of
 from autoprune.core import Budget, DeviceLostError, Measurement
 from autoprune.prune import weights_hash
@@ -58,11 +58,17 @@ def needs(depth): return depth
         ("serch", "did you mean search?"),
         (
             "search strategy=magic",
-            "Available options in 'strategy': amc amc_paper global netadapt optuna random sensitivity uniform",
+            "it must be one of amc, amc_paper, global, netadapt, optuna, random, sensitivity, uniform",
         ),
-        ("search task=imagenet", "Available options in 'task'"),
-        ("search criterion=l3", "Available options in 'criterion'"),
+        ("search task=imagenet", "it must be one of cifar10_resnet20"),
+        ("search criterion=l3", "it must be one of apoz"),
         ("search criterion=lp criterion.p=much", "criterion.p must be a number, got 'much'"),
+        (
+            "search task=my_task.make_task budget=flops_50pct",
+            "it must be one of cifar10_resnet20, fashion_mnist_resnet20; one of your own is "
+            "task._target_=my_task.make_task",
+        ),
+        ("search strategy=sensitivty budget=flops_50pct", "; did you mean sensitivity?"),
         (
             "search +criterion.redcue=max task._target_=tiny.make_task budget=flops_50pct",
             "criterion has no setting 'redcue'",
@@ -82,9 +88,9 @@ def needs(depth): return depth
         ("search budget=energy_50kWh", "unknown unit 'kWh', for energy it must be one of pct, uJ, mJ, J"),
         ("search energy.word_pj=-1", "energy: word_pj must be a finite number of at least 0, got -1"),
         ("search energy.word_pj=much", "energy.word_pj must be a number, got 'much'"),
-        ("search energy=none", "Available options in 'energy'"),
+        ("search energy=none", "it must be one of horowitz_45nm"),
         ("search budget=[latency_20ms,latency_50pct]", "both in ms and relative to dense"),
-        ("search device=quantum", "Available options in 'device': onnxruntime openvino"),
+        ("search device=quantum", "it must be one of onnxruntime, openvino"),
         ("search device.thread=2", "did you mean 'device.threads'?"),
         ("search settings.amc.agent=sac", "unknown key 'settings.amc.agent'"),
         ("search strategy=amc strategy.hidden=64", "strategy.hidden must be a list, got 64"),
@@ -140,7 +146,7 @@ def needs(depth): return depth
         ("train weights=nan.safetensors task.data=shipped", "hold NaN or infinity, first in 'conv1.weight'"),
         ("profile weights=x", "unknown key 'weights'"),
         ("search weights=5 task.data=shipped", "weights=5 cannot be read"),
-        ("train regularizer=l0", "Available options in 'regularizer': bn_l1 group_lasso"),
+        ("train regularizer=l0", "it must be one of bn_l1, group_lasso"),
         ("train regularizer.strength=much", "regularizer.strength must be a number, got 'much'"),
         ("train regularizer.strength=-1 task._target_=tiny.make_task", "strength must be a number of 0 or more, got"),
         ("train regularizer._target_=mine.raises task._target_=tiny.make_task", "mine.raises does not take these"),
@@ -425,6 +431,41 @@ def test_a_second_measurement_is_told_in_each_way(capsys: pytest.CaptureFixture[
     told = json.loads(capsys.readouterr().out)
     assert (told["then"]["value"], told["now"]["high"], told["budgets"]) == (10.0, 13.0, [])
     assert told["apart"] == pytest.approx(0.2)
+
+
+def test_a_second_measurement_is_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = run(capsys, "search", *UNIFORM)
+    assert status == 0, err
+    (folder,) = Path("outputs/tiny/uniform").iterdir()
+    asked = json.loads((folder / "result.json").read_text())["budgets"][0]["asked"]
+    now = Measurement(value=12.0, unit="ms", low=11.0, high=13.0, kind="measured")
+    for limit in (20.0, 5.0):
+        report.write_again(folder, now, {asked: Budget("latency_ms", limit, "ms")})
+    kept = json.loads((folder / "result.json").read_text())["measured_again"]
+    assert [again["budgets"] for again in kept] == [{asked: True}, {asked: False}]
+    page = (folder / "report.html").read_text()
+    assert re.findall(r"Measured again [\d: -]+: 12 \[11, 13\] \S+ <strong>(.*)</strong>", page) == ["met", "not met"]
+
+
+def test_a_search_that_is_unfinished_is_called_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    command = ["python", "-m", "autoprune", "search", "budget=[flops_50pct,params_60pct]"]
+    Path("run/outset.json").write_text(json.dumps({"command": command}))
+    for line in (["export", "run", "format=onnx"], ["measure", "run"]):
+        status, _, err = run(capsys, *line)
+        assert status == 2
+        assert "run is of a search that is unfinished: go on with " + shlex.join(command) in err
+
+
+def test_an_undecided_verdict_comes_with_the_next_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, "search", *UNIFORM)
+    assert status == 0
+    assert "again:" not in out
+    assert re.search(
+        r"^\d+ trials? \(1 evaluated, 0 from the cache, 0 failed; 0% of the forward passes saved", out, re.M
+    )
+    _, again, _ = run(capsys, "search", *UNIFORM)
+    assert re.search(r"^\d+ trials? \(1 of an earlier run, 0 evaluated, 0 from the cache, 0 failed", again, re.M)
 
 
 def test_our_own_failure_is_exit_1_in_one_line(
