@@ -73,13 +73,14 @@ def our_words(command: str) -> list[str]:
 
 
 def runnable() -> Iterator[object]:
-    """The commands that are run, those that measure or start processes being slow."""
+    """The commands that are run, those that measure or start processes being slow; of pages but the README, long."""
     for block in BLOCKS:
         if block.language != "bash" or block.why_not or "two commands" in block.marks:
             continue
         for number, command in enumerate(block.commands()):
             slow = MEASURED.search(command.removeprefix("python -m ") if is_ours(command) else command)
             marks = [pytest.mark.slow] if slow or "slow" in block.marks else []
+            marks += [pytest.mark.long] if marks and block.page != "README.md" else []
             yield pytest.param(block, command, id=f"{block.place}+{number}", marks=marks)
 
 
@@ -304,6 +305,7 @@ def test_any_agent_learns_on_the_environment() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_training_loop_example_runs(tmp_path: Path) -> None:
     words = "search strategy=uniform budget=flops_50pct task.data=shipped".split()
     words += ["evaluator.short.epochs=0", "finetune.epochs=0.05"]

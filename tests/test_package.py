@@ -60,6 +60,7 @@ def test_a_wheel_runs_a_users_model_from_another_directory(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_dashboard_serves_the_study(tmp_path: Path) -> None:
     words = (
         "search budget=flops_50pct task._target_=tiny.make_task strategy.sweep_levels=2 evaluator.images=200".split()
