@@ -224,8 +224,12 @@ def _measure(words: Sequence[str]) -> int:
     config = config_of(folder)
     task = _task(config)
     then, now, budgets = measuring.measured_again(task, folder, device=config["device"], seed=config["seed"] + 1)
-    report.write_again(folder, now, budgets)
-    return MET if console.show_again(then, now, budgets) else NOT_MET
+    met = console.show_again(then, now, budgets)
+    try:
+        report.write_again(folder, now, budgets)
+    except (InputError, OSError) as error:  # it was measured all the same
+        sys.stderr.write(f"autoprune: what was measured is not kept in the report of {folder}: {error}\n")
+    return MET if met else NOT_MET
 
 
 def _export(words: Sequence[str]) -> int:

@@ -124,9 +124,10 @@ def search(
     named_as = {group: components.named(group, values) for group, values in chosen.items()}
     outset = partial(begun, evaluator, prices, asked=asked, strategy=named_as["strategy"], storage=storage)
     answer = left_alone(evaluator, prices, asked, progress) if prices.already_met else None
-    name = ""
     with ExitStack() as held:
-        if answer is None:
+        if answer is not None:
+            known = outset(study="")
+        else:
             ranked = prices.traced.space.ranked(evaluator.importance)
             planner: Strategy = build(ranked, prices.steered, prices.limited, seed=seed)  # it may refuse
             fingerprint = _fingerprint(evaluator, prices) | chosen | {"budgets": list(asked)}
@@ -150,7 +151,7 @@ def search(
             evaluator,
             prices,
             answer,
-            outset=outset(study=name),
+            outset=known,
             criterion=named_as["criterion"],
             device=prepared.device,
             progress=progress,

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from autoprune.core import InputError
 from autoprune.findings import Finding, Status, guarded
 from autoprune.meters.device import Device, fresh
+from autoprune.waiting import in_time
 from autoprune.writing import nearest
 
 AREA = "environment"
@@ -156,19 +156,7 @@ def _in_time(device: Device) -> dict[str, Any]:
     Raises:
         InputError: it is not there, or has not answered by then; what hangs is left to itself.
     """
-    answers: list[Any] = []
-
-    def ask() -> None:
-        try:
-            answers.append(fresh(device, {"do": "counter", "place": device.place}))
-        except BaseException as error:  # noqa: BLE001, it is raised where it is waited for
-            answers.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(DEVICE_S)
-    if not answers:
-        raise InputError(f"device={device.name} has not answered within {DEVICE_S:g} s")
-    if isinstance(answers[0], BaseException):
-        raise answers[0]
-    return dict(answers[0])
+    try:
+        return dict(in_time(lambda: fresh(device, {"do": "counter", "place": device.place}), DEVICE_S))
+    except TimeoutError:
+        raise InputError(f"device={device.name} has not answered within {DEVICE_S:g} s") from None

@@ -457,10 +457,29 @@ def test_a_search_that_is_unfinished_is_called_so(capsys: pytest.CaptureFixture[
         assert "run is of a search that is unfinished: go on with " + shlex.join(command) in err
 
 
-def test_an_undecided_verdict_comes_with_the_next_measurement(capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_kept_is_shown_all_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = Measurement(value=12.0, unit="ms", low=11.0, high=13.0, kind="measured")
+    budgets = {"latency_20ms": Budget("latency_ms", 20.0, "ms")}
+    monkeypatch.setattr("autoprune.measuring.measured_again", lambda *_, **__: (now, now, budgets))
+    Path("old").mkdir()  # a run of before there was trials.csv
+    Path("old/result.json").write_text("{}")
+    config = {
+        "task": {"_target_": "tiny.make_task"},
+        "device": {"_target_": "autoprune.meters.device.Device"},
+        "seed": 0,
+    }
+    Path("old/config.yaml").write_text(json.dumps(config))
+    status, out, err = run(capsys, "measure", "old")
+    assert (status, out.splitlines()[-1]) == (0, "budget latency_20ms: met")
+    assert err.startswith("autoprune: what was measured is not kept in the report of old: ")
+
+
+def test_trials_of_an_earlier_run_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "search", *UNIFORM)
     assert status == 0
-    assert "again:" not in out
+    assert "again:" not in out, "it is decided"
     assert re.search(
         r"^\d+ trials? \(1 evaluated, 0 from the cache, 0 failed; 0% of the forward passes saved", out, re.M
     )

@@ -75,6 +75,12 @@ def test_the_baseline_and_the_answer_are_marked_and_partly_scored_trials_left_ou
     trials += [row(2, 0.6, about={"finalist": "evenness 0.25, one ratio widened"}), row(3, 0.7, measured=True)]
     values = {"finished": True, "score": {"metric": "m", "dense": 0.9}, "costs": {"macs": {"dense": 20.0}}}
     values |= {"groups": {"a": {"ratio": 0.5}, "b": {"ratio": 0.0}}, "budgets": [BUDGET]}
+    ended = {
+        "finished": True,
+        "score": {"metric": "m", "dense": 0.9, "recovered": 0.8},
+        "costs": {"macs": {"dense": 20.0, "measured": {"value": 9.5}}},
+    }
+    assert tradeoff({**values, **ended}, trials, BUDGET).rows[-1] == ("", "after the final training", 9.5, 80.0, 0, 0)
     drawn = tradeoff(values, trials, BUDGET)
     assert [(r[0], r[-1]) for r in drawn.rows] == [(0, 0), (2, 1), (3, 0)]
     assert [r[0] for r in drawn.rows if r[-2]] == [0, 3], "trial 2 costs the same and scores less"

@@ -10,7 +10,7 @@ import autoprune
 PACKAGE = Path(autoprune.__file__).parent
 LAYERS = [
     {"core"},
-    {"findings", "writing", "dispatch", "telling", "drawing"},
+    {"findings", "writing", "dispatch", "telling", "drawing", "waiting"},
     {"units", "borrowing", "keywords", "handing", "rows", "untrusted", "crew"},
     {
         "reading",

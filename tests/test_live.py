@@ -176,6 +176,17 @@ def test_lines_go_above_the_board_on_a_terminal_and_stand_alone_elsewhere() -> N
         assert terminal or text.count("\n") == 1
 
 
+def test_a_long_stage_says_how_far_it_is_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoprune.screen.EVERY_S", -1.0)
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=terminal, width=80, height=25)
+        with Screen(logging.getLogger("t"), console=console) as screen:
+            screen.stage("scoring candidates", 2)
+            screen.step()
+        assert ("scoring candidates: 1 of 2\n" in file.getvalue()) is not terminal
+
+
 def test_quiet_shows_nothing() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, quiet=True)

@@ -20,7 +20,7 @@ import autoprune
 from autoprune import console, report
 from autoprune.answer import best
 from autoprune.borrowing import first, seeded
-from autoprune.core import InputError, Silent, Task, Trial, amount_of
+from autoprune.core import Budget, InputError, Measurement, Silent, Task, Trial, amount_of
 from autoprune.evaluate import Scoring
 from autoprune.final import finetune_table, healed
 from autoprune.healer import Healer
@@ -349,6 +349,46 @@ def test_the_password_of_a_database_is_in_the_configuration_alone(
     values, _ = so_far(tmp_path)
     assert read == [url.format("secret")]
     assert "secret" not in json.dumps(values)
+
+
+def test_an_undecided_latency_is_followed_by_the_command_that_measures_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = searched(strategy="uniform")
+    report.write(found, tmp_path)
+    for decided in (True, False):
+        disturbed = Measurement(value=21.0, unit="ms", low=19.0, high=23.0, kind="measured", decided=decided)
+        told = dataclasses.replace(
+            found,
+            budgets=(Budget("latency_ms", 20.0, "ms"),),
+            asked=("latency_20ms",),
+            dense={**found.dense, "latency_ms": disturbed},
+            measured={**found.measured, "latency_ms": disturbed},
+            predicted={**found.predicted, "latency_ms": 20.0},
+        )
+        console.show(told, tmp_path)
+        assert (f"again:  python -m autoprune measure {tmp_path}" in capsys.readouterr().out) is not decided
+
+
+def test_a_study_is_held_until_the_network_is_measured(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"strategy": "uniform", "storage": f"sqlite:///{tmp_path}/studies.db"}
+    refused: list[str] = []
+
+    class Second(Silent):
+        def stage(self, name: str, steps: int | None) -> None:
+            if name == "reading the test split":
+                with pytest.raises(InputError) as caught:
+                    searched(**settings)
+                refused.append(str(caught.value))
+
+    searched(**settings, progress=Second())
+    assert len(refused) == 1
+    assert "is being searched already" in refused[0]
+
+
+def test_all_files_of_a_run_may_be_read_by_the_same_people(tmp_path: Path) -> None:
+    report.write(searched(strategy="uniform"), tmp_path)
+    assert len({p.stat().st_mode for p in tmp_path.iterdir() if p.is_file()}) == 1
 
 
 def test_a_group_holds_the_costs_of_the_layers_it_cuts() -> None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from autoprune.core import DeviceLostError, InputError, check_rules
 from autoprune.meters import answers
+from autoprune.waiting import in_time
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
@@ -181,22 +182,10 @@ class Worker:
 
     def _gateway(self) -> Any:
         """A fresh Python, which must answer in time: what waits behind a login that never ends is left to itself."""
-        made: list[Any] = []
-
-        def make() -> None:
-            try:
-                made.append(self._group.makegateway(self._address()))
-            except BaseException as error:  # noqa: BLE001, it is raised where it is waited for
-                made.append(error)
-
-        thread = threading.Thread(target=make, daemon=True)
-        thread.start()
-        thread.join(START_LIMIT_S)
-        if not made:
-            raise WorkerLostError(f"no Python answered within {START_LIMIT_S:g} s")
-        if isinstance(made[0], BaseException):
-            raise made[0]
-        return made[0]
+        try:
+            return in_time(lambda: self._group.makegateway(self._address()), START_LIMIT_S)
+        except TimeoutError:
+            raise WorkerLostError(f"no Python answered within {START_LIMIT_S:g} s") from None
 
     def _address(self) -> str:
         """Where execnet finds the fresh Python: the environment is set before it starts."""
