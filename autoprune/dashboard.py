@@ -108,16 +108,15 @@ def serve(
         with usable(storage):
             count = len(opened.get_all_studies())
         server = _listening(host, port)
-        with server:
+        with server, contextlib.suppress(KeyboardInterrupt):  # from before anybody is told that it listens
+            if threading.current_thread() is threading.main_thread():  # a script's `&` would have it ignored
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             server.set_app(_application(opened, artifacts))
             url = f"http://{f'[{host}]' if ':' in host else host}:{server.server_port}/dashboard"
             listening(url, count, _is_loopback(host))
             if browse:
                 _open(url)
-            with contextlib.suppress(KeyboardInterrupt):
-                if threading.current_thread() is threading.main_thread():  # a script's `&` would have it ignored
-                    signal.signal(signal.SIGINT, signal.default_int_handler)
-                server.serve_forever()
+            server.serve_forever()
     finally:
         leave(opened)
 

@@ -16,6 +16,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.envir
 MEASURING = ("test_latency", "test_profile", "test_measured_search", "test_remote", "test_resident", "test_energy")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What measures runs in one process, one after the other."""
     for item in items:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import queue
 import signal
 import subprocess
@@ -244,6 +245,11 @@ def test_a_browser_shows_it_and_asks_no_other_host(served: Served, tmp_path: Pat
     assert (tmp_path / "dashboard.png").stat().st_size > 10_000
     assert wrong == []
     assert [url for url in asked if not url.startswith((served.root, "data:", "blob:"))] == []
+
+
+def test_what_is_marked_as_a_group_runs_in_one_process(request: pytest.FixtureRequest) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        assert request.node.nodeid.endswith("@dashboard")
 
 
 def test_ctrl_c_ends_it_with_0(served: Served) -> None:
