@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
             rest = ["++" + word if word.startswith(FREE) else word for word in rest]
         with initialize_config_dir(str(CONF.resolve()), version_base=None):
             config = compose(command, overrides=rest)
-            plain = compose(command, overrides=[word for word in rest if word.partition("=")[0] in GROUPS])
+            defaults = _defaults(command, tuple(word for word in rest if word.partition("=")[0] in GROUPS))
         config.update(own_values)
         for group, arguments in own.items():
             if group not in config:
@@ -66,7 +67,6 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
         if missing:
             raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE to the command line")
         values: Any = OmegaConf.to_container(config, resolve=True)
-        defaults: Any = OmegaConf.to_container(plain)
         free = {"budget", *own}
         _check_kinds(values, {k: v for k, v in defaults.items() if k not in free})
     except InputError:
@@ -74,6 +74,15 @@ def configured(command: str, words: Sequence[str]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException, *untrusted.DAMAGED) as error:
         raise InputError(_explained(command, words, error)) from error
     return values  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _defaults(command: str, chosen: Sequence[str]) -> Any:
+    """The plain values of a command and the YAMLs that were chosen for its groups, as they are in these."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(compose(command, overrides=list(chosen)))
 
 
 def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:

@@ -236,6 +236,7 @@ def test_a_batch_ends_with_the_warm_up_and_with_a_stage() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_interrupted_at_any_episode_it_goes_on_the_same() -> None:
     whole, trials = played(World(5))
     for cut in (7, 25, len(trials) - 2):
@@ -313,6 +314,7 @@ def test_a_missed_measurement_is_bounded_anew() -> None:
     assert measured[-1].feasible
 
 
+@pytest.mark.slow
 def test_a_search_by_its_name_shows_its_rewards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     strategy = {"_target_": "autoprune.strategies.amc.Amc", "episodes": 10, "warm_up": 5, "hidden": [16]}
     result = searched(make_task(), budget="flops_50pct", strategy=strategy, final=BRIEF)

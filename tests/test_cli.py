@@ -288,6 +288,7 @@ def test_a_search_ends_with_0_and_a_reuse_of_its_table_too(capsys: pytest.Captur
     assert "no group '0.0' of 8 units: it is another architecture" in err
 
 
+@pytest.mark.slow
 def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture[str]) -> None:
     given = "task._target_=tiny.make_task task.name=sparse training.epochs=1".split()
     given += ["training.lr_fraction=1", "regularizer.strength=0.2"]
@@ -323,6 +324,7 @@ def test_a_search_starts_from_what_a_training_left(capsys: pytest.CaptureFixture
     assert RatioTable.load(tuned / "ratios.yaml") == table
 
 
+@pytest.mark.slow
 def test_a_budget_below_the_smallest_network_ends_with_3_and_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "search", *UNIFORM, "budget=flops_1pct")
     assert status == 3
@@ -433,6 +435,7 @@ def test_a_second_measurement_is_told_in_each_way(capsys: pytest.CaptureFixture[
     assert told["apart"] == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_a_second_measurement_is_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = run(capsys, "search", *UNIFORM)
     assert status == 0, err
@@ -476,6 +479,7 @@ def test_what_cannot_be_kept_is_shown_all_the_same(
     assert err.startswith("autoprune: what was measured is not kept in the report of old: ")
 
 
+@pytest.mark.slow
 def test_trials_of_an_earlier_run_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run(capsys, "search", *UNIFORM)
     assert status == 0
@@ -558,6 +562,7 @@ def test_ctrl_c_keeps_what_was_scored_and_the_printed_line_resumes() -> None:
     assert search["cache_hits"] == 1  # the answer, which was a finalist
 
 
+@pytest.mark.slow
 def test_the_doctor_says_what_can_be_pruned_and_what_stands_in_the_way(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "doctor", "task._target_=tiny.make_task")
     assert status == 0, err

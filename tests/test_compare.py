@@ -54,6 +54,7 @@ def row(strategy: str, seed: int, fine_tuned: float) -> Row:
     )
 
 
+@pytest.mark.slow
 def test_a_comparison_is_made_once_and_grows(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, err = run(capsys, "compare", *SMALL.split(), "seeds=[0]", "settings.random.finalists=1")
     assert status == 0, err

@@ -53,6 +53,7 @@ STRATEGIES = {
 QUICK_DEVICE = ["processes=2", "most_processes=2", "samples=6", "seconds=0.05", "repeats=1"]
 TABLE = ["profile.networks=8", "profile.held_out=2"]
 MEASURED = re.compile(r"(latency|rss|energy)_|^autoprune (profile|measure)\b|^python -m pytest|^python examples/ppo")
+WHOLE = re.compile(r"autoprune (search|compare|train|finetune)\b(?!.*(-h\b|--help|--cfg))")
 
 
 def is_ours(command: str) -> bool:
@@ -74,14 +75,16 @@ def our_words(command: str) -> list[str]:
 
 
 def runnable() -> Iterator[object]:
-    """The commands that are run, those that measure or start processes being slow; of pages but the README, long."""
+    """The commands that are run: slow are whole searches and trainings, and what measures or starts processes, which is
+    long on pages but the README."""
     for block in BLOCKS:
         if block.language != "bash" or block.why_not or "two commands" in block.marks:
             continue
         for number, command in enumerate(block.commands()):
-            slow = MEASURED.search(command.removeprefix("python -m ") if is_ours(command) else command)
-            marks = [pytest.mark.slow] if slow or "slow" in block.marks else []
-            marks += [pytest.mark.long] if marks and block.page != "README.md" else []
+            line = command.removeprefix("python -m ") if is_ours(command) else command
+            slower = bool(MEASURED.search(line)) or "slow" in block.marks
+            marks = [pytest.mark.slow] if slower or WHOLE.search(line) else []
+            marks += [pytest.mark.long] if slower and block.page != "README.md" else []
             yield pytest.param(block, command, id=f"{block.place}+{number}", marks=marks)
 
 

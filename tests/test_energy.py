@@ -63,6 +63,7 @@ def test_predicted_energy_is_the_meters_at_random_candidates(name: str) -> None:
         assert cost.predict(ratios) == pytest.approx(meter.measure(cut, task.inputs).value, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_search_under_modelled_energy_says_so_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = searched(budget="energy_50pct", device=DEVICE, final=QUICK)
     energy = result.measured["energy_mj"]

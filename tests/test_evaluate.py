@@ -344,6 +344,7 @@ def test_the_interval_is_students() -> None:
     assert low == -high
 
 
+@pytest.mark.slow
 def test_candidates_come_to_the_same_together_and_alone(tmp_path: Path) -> None:
     """Those cut from the dense network, and a parent's children."""
     together, alone = evaluator(tmp_path), evaluator(shared=False)

@@ -157,6 +157,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_the_files_of_a_run_are_whole_or_not_there(disk: Disk, result: Result, tmp_path: Path) -> None:
     reference = tmp_path / "whole"
     reference.mkdir()

@@ -307,6 +307,7 @@ def test_all_processes_are_taken_where_the_first_do_not_decide_and_that_is_asked
     assert asked == [3]
 
 
+@pytest.mark.slow
 def test_a_limit_inside_the_interval_asks_for_every_process() -> None:
     model, inputs = nn.Linear(64, 64), (torch.ones(64, 64),)
     device = dataclasses.replace(QUICK, most_processes=4, precision=10.0)

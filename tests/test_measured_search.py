@@ -285,6 +285,7 @@ class SaysWhatDenseTakes:
             raise InputError(repr(float(costs["latency_ms"].predict(space.dense()))))
 
 
+@pytest.mark.slow
 def test_under_a_limit_in_ms_the_first_answer_is_aimed_at_the_upper_end(tmp_path: Path, unheeding: None) -> None:
     """By as much as the dense network's interval reaches above its value; a ratio is spared the pace."""
     few, strategy = Profile(networks=8, held_out=1), {"_target_": f"{__name__}.SaysWhatDenseTakes"}

@@ -430,6 +430,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return searched(strategy=netadapt(), storage=f"sqlite:///{tmp_path_factory.mktemp('whole')}/studies.db")
 
 
+@pytest.mark.slow
 def test_a_search_by_name_meets_its_budget() -> None:
     result = searched(strategy="netadapt", budget="flops_50pct")
     assert result.met
@@ -437,6 +438,7 @@ def test_a_search_by_name_meets_its_budget() -> None:
     assert math.isfinite(result.scores.recovered)
 
 
+@pytest.mark.slow
 def test_same_seed_twice_is_identical(whole: Result) -> None:
     second = searched(strategy=netadapt())  # in memory, too
     assert whole.met
@@ -467,6 +469,7 @@ class StopsAfter(Silent):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True], ids=["networks kept", "networks lost"])
 def test_a_search_interrupted_within_a_round_goes_on(
     whole: Result, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -44,6 +44,7 @@ def test_by_score_alone_every_candidate_is_inside() -> None:
     assert max(played(World(0), episodes=60, objective="score")) <= 1
 
 
+@pytest.mark.slow
 def test_it_learns_from_what_it_is_told() -> None:
     """Better than the same number of its own random draws."""
     learnt, drawn = (

@@ -217,6 +217,7 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_traces_are_seen(browser: Any, tmp_path: Path) -> None:
     one = {"number": 1, "targets": [6e8, 9.0], "proposals": [30, 32, 33], "winner": 34, "predicted": [6e8, 9.0]}
     one |= {"measured": [6e8, 9.0], "score_before": 0.7, "score_after": 0.8}

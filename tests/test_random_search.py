@@ -14,6 +14,7 @@ from autoprune.strategies.random_search import RandomSearch, surface
 from autoprune.testing import World, answer
 
 
+@pytest.mark.slow
 def test_every_choice_on_the_surface_is_drawn_as_often() -> None:
     world = World(0, groups=4, levels=5)
     bound = Bound(world.space, world.budgets, world.costs)
@@ -51,6 +52,7 @@ def test_a_surface_of_few_choices_is_drawn_whole() -> None:
     assert len(scored) == len(inside)
 
 
+@pytest.mark.slow
 def test_more_draws_find_better() -> None:
     few, many = (
         np.mean([answer(World(s).play(_random(World(s), episodes=n))).loss for s in range(5)]) for n in (10, 300)

@@ -88,6 +88,7 @@ def _can_grow(result: Result) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_same_seed_same_table_and_weights(tmp_path: Path) -> None:
     first, second = searched(seed=3), searched(seed=3)
     first.table.save(tmp_path / "a.yaml")
@@ -129,6 +130,7 @@ def test_the_test_split_is_read_once() -> None:
     assert split.reads == 1
 
 
+@pytest.mark.slow
 def test_a_second_search_takes_its_scores_from_the_cache(tmp_path: Path) -> None:
     first = searched(cache=tmp_path / "cache")
     second = searched(cache=tmp_path / "cache")
@@ -144,6 +146,7 @@ def test_a_second_search_takes_its_scores_from_the_cache(tmp_path: Path) -> None
     assert searched(cache=tmp_path / "cache").evaluations == first.evaluations
 
 
+@pytest.mark.slow
 def test_an_interrupted_search_goes_on_and_scores_nothing_again(tmp_path: Path) -> None:
     class Impatient(Silent):
         steps = 0
@@ -163,6 +166,7 @@ def test_an_interrupted_search_goes_on_and_scores_nothing_again(tmp_path: Path) 
     assert resumed.table == whole.table
 
 
+@pytest.mark.slow
 def test_a_study_of_another_search_is_refused(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/studies.db"
     searched(storage=storage, study_name="mine")
@@ -203,6 +207,7 @@ def test_failing_candidates_are_recorded_and_left(monkeypatch: pytest.MonkeyPatc
     assert result.ratios[0] <= 0.4
 
 
+@pytest.mark.slow
 def test_a_metric_where_lower_is_better(tmp_path: Path) -> None:
     from torchmetrics import MeanMetric
 
@@ -233,6 +238,7 @@ def test_a_table_is_reused_in_training() -> None:
     assert tuned.test_recovered == pytest.approx(result.scores.test_recovered, abs=0.05)
 
 
+@pytest.mark.slow
 def test_statistics_of_other_data_cost_nothing() -> None:
     """The same function with statistics that are not the data's: searched, pruned and trained to the same score."""
     task, other = make_task(), copy.deepcopy(make_task().model)
@@ -254,6 +260,7 @@ def test_statistics_of_other_data_cost_nothing() -> None:
     assert kept_too == pytest.approx(kept, abs=0.05), "the units may be others"
 
 
+@pytest.mark.slow
 def test_a_reused_table_is_healed_as_asked_and_by_nothing_else() -> None:
     result, task = searched(), make_task()
     batches = first(task.train, 2)
@@ -300,6 +307,7 @@ def test_files_of_a_run(tmp_path: Path) -> None:
         assert torch.equal(rebuilt.eval()(batch), result.model(batch))
 
 
+@pytest.mark.slow
 def test_what_a_search_begins_with_is_told_and_is_part_of_its_result(tmp_path: Path) -> None:
     class Told(Silent):
         def __init__(self) -> None:

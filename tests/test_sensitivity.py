@@ -126,6 +126,7 @@ def test_without_interaction_the_answer_is_the_optimum() -> None:
     assert found.loss == pytest.approx(best)
 
 
+@pytest.mark.slow
 def test_refinement_pays() -> None:
     """Over ten worlds with interaction the refined answers are better on average, and rarely worse."""
 

@@ -360,6 +360,7 @@ def test_a_storage_that_stays_away_ends_the_search(url: str, monkeypatch: pytest
         assert study.trials() == ()
 
 
+@pytest.mark.slow
 def test_a_storage_that_is_gone_ends_the_search(url: str) -> None:
     import sqlite3
 
@@ -370,6 +371,7 @@ def test_a_storage_that_is_gone_ends_the_search(url: str) -> None:
             study.record(trial(0))
 
 
+@pytest.mark.slow
 def test_a_command_whose_storage_is_lost_is_exit_1_and_says_how_to_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -122,6 +122,7 @@ def children(of: int) -> list[int]:
 # ------------------------------------------------------------------------------------------------ the same trials
 
 
+@pytest.mark.slow
 def test_workers_give_the_trials_of_one_process() -> None:
     serial, over = evaluator(), evaluator()
     batch = swept(serial)
@@ -272,6 +273,7 @@ def test_what_cannot_be_sent_is_an_input_error() -> None:
         spread(made, Local(count=1), swept(made)[:1])
 
 
+@pytest.mark.slow
 def test_what_a_worker_cannot_read_is_an_input_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "passing.py").write_text("def loss(output, target):\n    return output.sum()\n")
     monkeypatch.syspath_prepend(tmp_path)

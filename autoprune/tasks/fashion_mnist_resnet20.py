@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def make_task(
     )
 
 
+@functools.cache  # read-only, and slow to decompress
 def _shipped() -> dict[str, Images]:
     with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as archive:
         return dict(archive)

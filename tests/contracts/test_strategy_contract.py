@@ -97,6 +97,7 @@ def there() -> dict[str, list[list[float]]]:
     return dict(json.loads(played.stdout))
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("another process")
 @pytest.mark.parametrize("name", components.names("strategy"))
 def test_the_same_conversation_in_another_process(name: str, there: dict[str, list[list[float]]]) -> None:
