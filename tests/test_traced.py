@@ -93,13 +93,13 @@ def copied(model: Odd) -> Odd:
     return made
 
 
-def told(value: Any, seen: dict[int, int]) -> Any:
+def told(value: Any, seen: dict[int, tuple[int, Any]]) -> Any:
     """All that an object holds, and what in it is one: as values that can be compared."""
     if isinstance(value, int | float | str | type | None):
         return value
     if id(value) in seen:
-        return f"number {seen[id(value)]}"
-    seen[id(value)] = len(seen)
+        return f"number {seen[id(value)][0]}"
+    seen[id(value)] = len(seen), value  # held, as the next object may get the address of one that is gone
     if isinstance(value, Tensor):
         return type(value).__name__, value.requires_grad, value.tolist()
     if isinstance(value, dict):
