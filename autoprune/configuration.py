@@ -30,6 +30,7 @@ GROUPS = (
     "finetune",
 )
 OWN = ("task", "strategy", "criterion", "regularizer")  # where a function of the user's has arguments of its own
+FOLDERS = ("output", "folder")  # texts that null takes the place of nowhere
 FREE = ("settings=", "settings.")  # of a comparison: what may have keys that no YAML names
 CONFIGURED = 10_000  # values in a configuration, many times what there are
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
@@ -93,6 +94,8 @@ def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix:
             if not isinstance(given, dict):
                 raise InputError(f"{prefix}{key} must be a mapping of keys, got {given!r}")
             _check_kinds(given, default, f"{prefix}{key}.")
+        elif given is None and isinstance(default, str) and key in FOLDERS:
+            raise InputError(f"{prefix}{key} must be a path, got null: leave it out for {key}={default}")
         elif kind and (not isinstance(given, kind[0]) or (isinstance(given, bool) and bool not in kind[0])):
             raise InputError(f"{prefix}{key} must be {kind[1]}, got {given!r}")
         elif kind is KINDS[int] and isinstance(given, int) and abs(given) >= 2**63:

@@ -166,6 +166,8 @@ def needs(depth): return depth
         ("search task._target_=mine.needs task.deep=3", "it takes depth"),
         ("search task._target_=broken.make_task", "importing broken raised SyntaxError"),
         ("search task.data=shipped output=a_file", "cannot write to a_file"),
+        *((f"{name} output=null", "output must be a path, got null") for name in ("search", "train", "dashboard")),
+        ("profile folder=null", "folder must be a path, got null: leave it out for folder=outputs/tables"),
         ("search task._target_=tiny.make_task study.storage=sqlite:///a_file/x.db", "cannot be used"),
         ("search task._target_=tiny.make_task study.storage=sqlite:///mine.py", "file is not a database"),
         ("search task._target_=tiny.make_task study.storage=oracle://x", "cannot be used"),
