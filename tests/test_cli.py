@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from autoprune import RatioTable, cli, commands, console, report, telling
 from autoprune.configuration import config_of
 from autoprune.core import Budget, DeviceLostError, Measurement
 from autoprune.prune import weights_hash
+from autoprune.tasks import fashion_mnist_resnet20
 
 QUICK = (
     "budget=flops_50pct task._target_=tiny.make_task evaluator.images=200 evaluator.recalibration=1 "
@@ -34,6 +37,14 @@ UNIFORM = (
     "budget=flops_50pct task._target_=tiny.make_task strategy=uniform evaluator.images=200 evaluator.short.epochs=0.1 "
     "finetune.epochs=0.1"
 ).split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_once() -> Iterator[None]:
+    """The shipped images are slow to decompress, and nothing changes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fashion_mnist_resnet20, "_shipped", functools.cache(fashion_mnist_resnet20._shipped))
+        yield
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

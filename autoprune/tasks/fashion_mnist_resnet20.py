@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ def make_task(
     )
 
 
-@functools.cache  # read-only, and slow to decompress
 def _shipped() -> dict[str, Images]:
     with np.load(DATA / "fashion_mnist.npz", allow_pickle=False) as archive:
         return dict(archive)
