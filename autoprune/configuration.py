@@ -87,7 +87,7 @@ def _defaults(command: str, chosen: Sequence[str]) -> Any:
 
 
 def _check_kinds(values: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises InputError where a number or a switch by default was given as something else."""
+    """Raises InputError where a number or a switch by default was given as something else, or a folder as null."""
     for key, default in defaults.items():
         given, kind = values.get(key), KINDS.get(type(default))
         if isinstance(default, dict):
