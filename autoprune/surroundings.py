@@ -19,7 +19,7 @@ import torch
 from autoprune.core import InputError
 from autoprune.findings import Finding, Status, guarded
 from autoprune.meters.device import Device, fresh
-from autoprune.waiting import in_time
+from autoprune.waiting import LateError, in_time
 from autoprune.writing import nearest
 
 AREA = "environment"
@@ -158,5 +158,5 @@ def _in_time(device: Device) -> dict[str, Any]:
     """
     try:
         return dict(in_time(lambda: fresh(device, {"do": "counter", "place": device.place}), DEVICE_S))
-    except TimeoutError:
+    except LateError:
         raise InputError(f"device={device.name} has not answered within {DEVICE_S:g} s") from None

@@ -9,11 +9,15 @@ from typing import TypeVar
 Given = TypeVar("Given")
 
 
+class LateError(Exception):
+    """It has not ended in time."""
+
+
 def in_time(call: Callable[[], Given], seconds: float) -> Given:
     """What a call gives, or raises, within so many seconds; one that hangs is left to itself, in a thread of its own.
 
     Raises:
-        TimeoutError: it has not ended by then.
+        LateError: it has not ended by then.
     """
     given: list[Given] = []
     raised: list[BaseException] = []
@@ -30,5 +34,5 @@ def in_time(call: Callable[[], Given], seconds: float) -> Given:
     if raised:
         raise raised[0]
     if not given:
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise LateError(f"no answer within {seconds:g} s")
     return given[0]

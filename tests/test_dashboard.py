@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import queue
 import signal
 import subprocess
@@ -247,9 +246,18 @@ def test_a_browser_shows_it_and_asks_no_other_host(served: Served, tmp_path: Pat
     assert [url for url in asked if not url.startswith((served.root, "data:", "blob:"))] == []
 
 
-def test_what_is_marked_as_a_group_runs_in_one_process(request: pytest.FixtureRequest) -> None:
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        assert request.node.nodeid.endswith("@dashboard")
+def test_ctrl_c_is_heeded_from_the_moment_its_address_is_told(tmp_path: Path) -> None:
+    told: list[str] = []
+
+    def interrupted(url: str, *_: Any) -> None:
+        told.append(url)
+        signal.raise_signal(signal.SIGINT)
+
+    kept = kept_study(tmp_path, 1)
+    dashboard.serve(kept, artifacts=tmp_path, host="127.0.0.1", port=0, browse=False, listening=interrupted)
+    (url,) = told
+    with pytest.raises(urllib.error.URLError):
+        fetched(url)
 
 
 def test_ctrl_c_ends_it_with_0(served: Served) -> None:

@@ -314,3 +314,8 @@ def test_a_limit_inside_the_interval_asks_for_every_process() -> None:
     reference = Reference(model, Measurement.exact(1.0, "ms", "measured"), relative=True)
     held = [Latency(device).beside(reference, limit=limit).measure(model, inputs) for limit in (1.0, 50.0)]
     assert [any(f"{count} fresh processes" in note for note in m.notes) for m, count in zip(held, (4, 2), strict=True)]
+
+
+def test_what_measures_runs_in_one_process(request: pytest.FixtureRequest) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        assert request.node.nodeid.endswith("@measuring")

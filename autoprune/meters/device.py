@@ -26,7 +26,7 @@ from typing import Any
 
 from autoprune.core import DeviceLostError, InputError, check_rules
 from autoprune.meters import answers
-from autoprune.waiting import in_time
+from autoprune.waiting import LateError, in_time
 
 LOG = logging.getLogger("autoprune")
 START_LIMIT_S = 120.0
@@ -184,7 +184,7 @@ class Worker:
         """A fresh Python, which must answer in time: what waits behind a login that never ends is left to itself."""
         try:
             return in_time(lambda: self._group.makegateway(self._address()), START_LIMIT_S)
-        except TimeoutError:
+        except LateError:
             raise WorkerLostError(f"no Python answered within {START_LIMIT_S:g} s") from None
 
     def _address(self) -> str:
